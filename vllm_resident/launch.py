@@ -1,0 +1,224 @@
+"""Starts and ends the ranks of a pool on this machine: one torchrun and what it spawns.
+
+In the foreground the pool dies with its starter, however that one dies; detached, it
+goes on. Waits for ranks through the client; knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from vllm_resident import transport
+from vllm_resident.client import Client
+from vllm_resident.client.connection import ENDPOINT_VARIABLE, somebody_listens
+from vllm_resident.errors import CommandRejected, PoolUnreachable, ResidentError
+from vllm_resident.messages import PoolStatus
+
+POLL_INTERVAL_S = 0.2
+# torchrun gives its workers 30 s after SIGTERM, then kills them.
+TERMINATE_TIMEOUT_S = 40.0
+_LOG_TAIL_LINES = 25
+_PR_SET_PDEATHSIG = 1
+
+
+class Launch:
+    """A torchrun process and its ranks.
+
+    `process` is the torchrun agent; `log` holds what it and the ranks print outside of
+    the ranks' own logs.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], endpoint: str, log: Path
+    ) -> None:
+        self.process = process
+        self.endpoint = endpoint
+        self.log = log
+
+    def wait_ready(
+        self,
+        client: Client,
+        timeout_s: float,
+        on_status: Callable[[PoolStatus], None],
+    ) -> PoolStatus:
+        """Wait until every rank has reported. `on_status` sees them arrive, in the
+        caller's thread.
+
+        Raises `ResidentError` when torchrun ends first, `PoolUnreachable` after
+        `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        seen = "no controller answered"
+        while time.monotonic() < deadline:
+            self._check_running()
+            if somebody_listens(self.endpoint):
+                with contextlib.suppress(PoolUnreachable):
+                    status = client.status()
+                    on_status(status)
+                    if status.phase == "ready":
+                        return status
+                    ready = sum(rank.phase == "ready" for rank in status.ranks)
+                    seen = f"{ready} of {status.world_size} ranks are ready"
+            time.sleep(POLL_INTERVAL_S)
+        raise PoolUnreachable(
+            f"the pool was not ready within {timeout_s:g} s ({seen}): see "
+            f"{self.log.parent}, or give it longer with --timeout"
+        )
+
+    def tail(self) -> str:
+        """The last lines torchrun and the ranks printed."""
+        with contextlib.suppress(OSError):
+            text = self.log.read_text(errors="replace")
+            return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])
+        return ""
+
+    def terminate(self) -> None:
+        """Ask torchrun to end its ranks and itself; kill them all if it does not."""
+        family = self._family()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        try:
+            self.process.wait(TERMINATE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            _kill(family)
+        # What torchrun did not spawn itself: an embedded controller ends by itself.
+        psutil.wait_procs(family, timeout=5.0)
+
+    def kill(self) -> None:
+        """End every process of the pool at once; no-op if there are none left."""
+        _kill(self._family())
+
+    def _family(self) -> list[psutil.Process]:
+        """torchrun and all below it, the parents first."""
+        try:
+            agent = psutil.Process(self.process.pid)
+            return [agent, *agent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _check_running(self) -> None:
+        status = self.process.poll()
+        if status is not None:
+            raise ResidentError(
+                f"torchrun ended with status {status} before the pool was ready; the "
+                f"end of {self.log}:\n{self.tail()}"
+            )
+
+
+def launch(
+    pool: str,
+    num_ranks: int,
+    *,
+    controller: str | None = None,
+    max_restarts: int = 3,
+    detach: bool = False,
+) -> Launch:
+    """Start `num_ranks` ranks; returns at once.
+
+    `controller` is the endpoint of one that runs already; without it the ranks start
+    their own. Raises `CommandRejected` where a pool of that name is up.
+    """
+    if num_ranks < 1:
+        raise CommandRejected(f"{num_ranks} ranks: a pool has at least one")
+    directory = transport.ensure_private(transport.pool_directory(pool))
+    endpoint = controller or transport.controller_endpoint(pool)
+    if controller is None and somebody_listens(endpoint):
+        raise CommandRejected(
+            f"a pool called {pool!r} is up already: see `vllm-resident status --pool "
+            f"{pool}`, end it with `vllm-resident shutdown --pool {pool}`, or give this "
+            "one another name (--pool NAME)"
+        )
+    logs = directory / "logs"
+    logs.mkdir(mode=0o700, exist_ok=True)
+    log = logs / "torchrun.log"
+    command = torchrun_command(pool, num_ranks, max_restarts, controller)
+    # The ranks of this pool are not to join the one the caller may have named there.
+    environment = {k: v for k, v in os.environ.items() if k != ENDPOINT_VARIABLE}
+    starter = os.getpid()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # A session of its own: the terminal's Ctrl-C is for the starter, who ends
+            # the pool in order.
+            start_new_session=True,
+            # Between fork and exec other threads' locks may be held: it takes none.
+            preexec_fn=None if detach else lambda: _die_with(starter),  # noqa: PLW1509
+        )
+    return Launch(process, endpoint, log)
+
+
+def torchrun_command(
+    pool: str, num_ranks: int, max_restarts: int, controller: str | None
+) -> list[str]:
+    """The torchrun call of a pool on one machine. Port 0: any that is free."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        "--nnodes=1",
+        f"--nproc-per-node={num_ranks}",
+        f"--max-restarts={max_restarts}",
+        "-m",
+        "vllm_resident.rank",
+        "--pool",
+        pool,
+    ]
+    return [*command, "--controller", controller] if controller else command
+
+
+def default_num_ranks() -> int:
+    """One rank per visible GPU; on a machine without, two, or one on a single core."""
+    return num_gpus() or min(2, len(os.sched_getaffinity(0)))
+
+
+def num_gpus() -> int:
+    """NVIDIA devices this process may use, as far as can be told without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    tool = shutil.which("nvidia-smi")
+    if tool is None or visible == "":
+        return 0
+    try:
+        listing = subprocess.run(
+            [tool, "-L"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    installed = sum(line.startswith("GPU ") for line in listing.splitlines())
+    return min(installed, len(visible.split(","))) if visible else installed
+
+
+def _die_with(starter: int) -> None:
+    """In the child, before exec: SIGTERM to it when the starting thread's process ends,
+    by `kill -9` too (prctl(2), PR_SET_PDEATHSIG)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != starter:  # it ended before the call above
+        os._exit(1)
+
+
+def _kill(family: list[psutil.Process]) -> None:
+    # Parents first, so that torchrun does not restart what is killed.
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=5.0)
+
+
+# Loaded here, since the child may not load it between fork and exec.
+_libc = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,194 @@
+"""One rank of a pool: `torchrun --nproc-per-node N -m vllm_resident.rank`.
+
+Prepares the process (cores, logs, environment) before torch is imported, joins the
+pool's controller or starts an embedded one, and runs the command loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vllm_resident import shm, transport
+from vllm_resident.errors import ResidentError
+from vllm_resident.rank import device as devices
+
+log = logging.getLogger("vllm_resident.rank")
+
+STORE_TIMEOUT_S = 300.0
+CONTROLLER_START_S = 20.0
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node N -m vllm_resident.rank",
+        description="One resident rank. Start one per device with torchrun or any "
+        "launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; "
+        "then command the pool with `vllm-resident` or the Python client.",
+    )
+    parser.add_argument(
+        "--controller",
+        metavar="ENDPOINT",
+        default=os.environ.get("VLLM_RESIDENT_CONTROLLER"),
+        help="join the controller at this ZMQ endpoint; without it global rank 0 "
+        "starts one that ends with the pool",
+    )
+    parser.add_argument(
+        "--pool",
+        default="default",
+        help="name of the pool on this machine (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    missing = [
+        name
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
+    if missing:
+        print(
+            f"vllm_resident.rank: {', '.join(missing)} not set: start ranks with "
+            "torchrun --nproc-per-node N -m vllm_resident.rank",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        directory = transport.ensure_private(transport.pool_directory(arguments.pool))
+        endpoint = arguments.controller or _embedded_endpoint(arguments.pool)
+    except ResidentError as error:
+        print(f"vllm_resident.rank: {error}", file=sys.stderr)
+        return 2
+    rank = int(os.environ["RANK"])
+    terminal = _log_to_file(directory / "logs" / f"rank-{rank}.log")
+    device = devices.prepare_process(
+        int(os.environ["LOCAL_RANK"]),
+        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+    )
+    shm.remove(shm.stale_segments())
+    if not arguments.controller and rank == 0:
+        try:
+            _start_controller(arguments.pool, directory)
+        except ResidentError as error:
+            os.write(terminal, f"vllm_resident.rank: {error}\n".encode())
+            return 2
+    status = _run(rank, device, endpoint, directory, terminal)
+    logging.shutdown()
+    # Static destructors of communicators may wait for peers that are already gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _embedded_endpoint(pool: str) -> str:
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise ResidentError(
+            "a pool on several machines needs a controller all of them reach: start "
+            "`python -m vllm_resident.controller --bind ENDPOINT` and pass --controller"
+        )
+    return transport.controller_endpoint(pool)
+
+
+def _log_to_file(path: Path) -> int:
+    """Send this process's output, C++ included, to `path`; returns a descriptor of the
+    terminal for the few lines a person should see."""
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    terminal = os.dup(2)
+    os.set_inheritable(terminal, False)
+    log_file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log_file, 1)
+    os.dup2(log_file, 2)
+    os.close(log_file)
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.INFO)
+    return terminal
+
+
+def _start_controller(pool: str, directory: Path) -> None:
+    """Start the embedded controller, a process of its own that ends with the launcher;
+    wait until it, or the one from before a restart of the ranks, has the pool.
+
+    Raises `ResidentError` when another launcher's pool keeps the name.
+    """
+    launcher = os.getppid()
+    deadline = time.monotonic() + CONTROLLER_START_S
+    process: subprocess.Popen[bytes] | None = None
+    while time.monotonic() < deadline:
+        if _pool_owner(directory) == launcher:
+            return
+        if process is None or process.poll() is not None:
+            process = _spawn_controller(pool, launcher, directory)
+        time.sleep(0.1)
+    raise ResidentError(
+        f"no controller took the pool {pool!r} within {CONTROLLER_START_S:g} s: another "
+        f"pool of that name is up, or see {directory / 'logs' / 'controller.log'}"
+    )
+
+
+def _pool_owner(directory: Path) -> int | None:
+    """The launcher's pid that the pool's living controller was started for."""
+    try:
+        state = json.loads((directory / "pool.json").read_text())
+        os.kill(state["pid"], 0)
+        return int(state["owner_pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _spawn_controller(
+    pool: str, launcher: int, directory: Path
+) -> subprocess.Popen[bytes]:
+    with open(directory / "logs" / "controller.log", "a", encoding="utf-8") as output:
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vllm_resident.controller",
+                "--pool",
+                pool,
+                "--owner-pid",
+                str(launcher),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def _run(
+    rank: int, device: devices.Device, endpoint: str, directory: Path, terminal: int
+) -> int:
+    since = time.monotonic()
+    from vllm_resident.rank.boot import boot
+
+    loop, control = boot(rank, device, endpoint, directory, STORE_TIMEOUT_S)
+
+    def terminate(signum: int, frame: object) -> None:
+        from vllm_resident.messages import ExitRank
+
+        control.expect_exit(f"signal {signum}")
+        control.inbox.put(ExitRank(reason=f"signal {signum}"))
+
+    signal.signal(signal.SIGTERM, terminate)
+    # Ctrl-C reaches the whole foreground group; the launcher decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control.start()
+    os.write(
+        terminal,
+        f"rank {rank}: pid {os.getpid()}, {device.name}, imported in "
+        f"{time.monotonic() - since:.1f} s\n".encode(),
+    )
+    return loop.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Import torch and vLLM once and put a rank's parts together.
+
+Imported after the process is prepared; from here on the heap of the imports is frozen.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from pathlib import Path
+
+import torch
+import vllm
+from vllm.platforms import current_platform
+
+from vllm_resident import shm
+from vllm_resident.messages import PROTOCOL_VERSION, Hello, RankGauges
+from vllm_resident.rank import ledger
+from vllm_resident.rank.control import Control
+from vllm_resident.rank.device import Device
+from vllm_resident.rank.engine import engine_arg_names
+from vllm_resident.rank.loop import RankLoop
+from vllm_resident.rank.world import connect_store
+from vllm_resident.transport import host_id
+
+
+def boot(
+    rank: int, device: Device, endpoint: str, directory: Path, store_timeout_s: float
+) -> tuple[RankLoop, Control]:
+    """The rank's loop and its control thread, not started yet. Blocks for the store."""
+    if current_platform.device_type != device.type:
+        raise RuntimeError(
+            f"this vLLM is built for {current_platform.device_type}, the machine has "
+            f"{device.type}: install the extra that fits"
+        )
+    device.activate()
+    owner = shm.owner_token(os.getppid())
+    world_size = int(os.environ["WORLD_SIZE"])
+    names = engine_arg_names()
+    store = connect_store(store_timeout_s)
+
+    def gauges() -> RankGauges:
+        return ledger.read(device, owner)
+
+    def hello() -> Hello:
+        return Hello(
+            rank=rank,
+            protocol_version=PROTOCOL_VERSION,
+            world_size=world_size,
+            local_rank=device.index,
+            host=socket.gethostname(),
+            host_id=host_id(),
+            pid=os.getpid(),
+            incarnation=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            device=device.name,
+            gauges=gauges(),
+            vllm_version=vllm.__version__,
+            torch_version=str(torch.__version__),
+            engine_arg_names=names,
+            generations=loop.generations(),
+        )
+
+    def before_exit() -> None:
+        shm.remove(shm.segments(owner))
+
+    control = Control(endpoint, hello, gauges, before_exit)
+    loop = RankLoop(rank, device, store, control, directory, owner)
+    gc.collect()
+    gc.freeze()
+    return loop, control

@@ -1,0 +1,110 @@
+"""The little that differs between cpu, cuda and npu; nothing else asks which it is.
+
+`detect` and `core_set` run before torch is imported (thread pools read the process's
+affinity once, at import); the methods of `Device` import torch when they are called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device one rank owns. `type` is torch's name, `index` the local rank."""
+
+    type: str
+    index: int
+
+    @property
+    def name(self) -> str:
+        return "cpu" if self.type == "cpu" else f"{self.type}:{self.index}"
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend of this device type."""
+        return _BACKENDS[self.type]
+
+    def activate(self) -> None:
+        """Make this the current device of the process; call once, after torch."""
+        if self.type != "cpu":
+            self._module().set_device(self.index)
+
+    def memory(self) -> tuple[int, int]:
+        """(used, total) bytes: of the device, or this process's resident set and the
+        machine's memory on CPU. Cheap enough for every heartbeat."""
+        if self.type == "cpu":
+            return _resident_bytes(), _machine_bytes()
+        free, total = self._module().mem_get_info(self.index)
+        return total - free, total
+
+    def empty_cache(self) -> None:
+        """Give freed memory back to the device (to the kernel on CPU, where the
+        allocator otherwise keeps it and resident memory creeps over many loads)."""
+        if self.type != "cpu":
+            self._module().empty_cache()
+        elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
+
+    def _module(self):  # type: ignore[no-untyped-def]
+        import torch
+
+        return getattr(torch, self.type)
+
+
+def detect(local_rank: int) -> Device:
+    """The device of this rank, told without importing torch."""
+    if Path("/dev/davinci_manager").exists():
+        return Device("npu", local_rank)
+    cpu_build = importlib.metadata.version("torch").endswith("+cpu")
+    if not cpu_build and Path("/dev/nvidiactl").exists():
+        return Device("cuda", local_rank)
+    return Device("cpu", local_rank)
+
+
+def core_set(local_rank: int, local_world_size: int) -> list[int]:
+    """The cores of one of `local_world_size` ranks: an even, contiguous share of those
+    this process may use. With more ranks than cores, ranks share cores in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    if local_world_size > len(cores):
+        return [cores[local_rank % len(cores)]]
+    first = local_rank * len(cores) // local_world_size
+    last = (local_rank + 1) * len(cores) // local_world_size
+    return cores[first:last]
+
+
+def bind_cores(cores: list[int]) -> None:
+    """Keep this process and its OpenMP threads on `cores`; call before torch.
+
+    Two CPU ranks that spin on each other's cores run hundreds of times slower than
+    ranks with cores of their own, and torchrun's OMP_NUM_THREADS=1 would leave the
+    others of a larger share idle.
+    """
+    os.sched_setaffinity(0, cores)
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+
+
+def prepare_process(local_rank: int, local_world_size: int) -> Device:
+    """Detect the device and set what must be set before torch and vLLM are imported."""
+    device = detect(local_rank)
+    if device.type == "cpu":
+        bind_cores(core_set(local_rank, local_world_size))
+    # External launchers need the engine core in this process (vllm 0.32.0,
+    # v1/executor/uniproc_executor.py asserts it).
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return device
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

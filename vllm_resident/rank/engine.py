@@ -1,0 +1,230 @@
+"""Build, step and release one vLLM engine in this process, inside an entered world.
+
+The only module that constructs an `LLMEngine`. It passes vLLM's own engine arguments
+on, gives the executor its rendezvous from the world, and at the end gives back
+everything and proves it. It knows nothing of commands, plans or other ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import RequestOutput
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+from vllm_resident.errors import CommandRejected, ReleaseIncomplete
+from vllm_resident.rank import mapping
+from vllm_resident.rank.device import Device
+from vllm_resident.rank.world import World
+
+OnPhase = Callable[[str], None]
+
+BACKEND = "external_launcher"
+_SET_NUM_THREADS = torch.set_num_threads
+
+
+def engine_arg_names() -> list[str]:
+    """The names of vLLM's engine arguments in this version."""
+    return sorted(field.name for field in fields(EngineArgs) if field.init)
+
+
+def configure(model: str, engine_args: dict[str, Any]) -> VllmConfig:
+    """vLLM's whole configuration for `model`; reads its config files, no weights.
+
+    Raises `CommandRejected` with vLLM's own words where it refuses. Blocks up to
+    seconds (an architecture not seen on this machine before: tens of seconds).
+    """
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise CommandRejected(f"model folder {model} is not there")
+    args = {"disable_log_stats": True, **engine_args}
+    # Variables such as VLLM_CPU_KVCACHE_SPACE may differ from one engine to the next;
+    # vLLM caches them at the end of a build.
+    envs.disable_envs_cache()
+    try:
+        return EngineArgs(
+            model=model, distributed_executor_backend=BACKEND, **args
+        ).create_engine_config(UsageContext.LLM_CLASS)
+    # Whatever vLLM, transformers or pydantic raise about arguments and config files:
+    # nothing was built, so it is the caller's to mend.
+    except Exception as error:
+        raise CommandRejected(
+            f"vLLM refuses this engine: {type(error).__name__}: {error}"
+        ) from error
+
+
+class ResidentExecutor(ExecutorWithExternalLauncher):
+    """vLLM's external-launcher executor with its rendezvous handed in.
+
+    The original reads RANK and LOCAL_RANK of the process; here the world says them, and
+    names the world's shared memory. Also marks the phases of a build.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *, world: World, on_phase: OnPhase):
+        self._world = world
+        self._on_phase = on_phase
+        super().__init__(vllm_config)
+
+    def _init_executor(self) -> None:
+        self._on_phase("load_model")
+        super()._init_executor()
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        return self._world.init_method, self._world.rank, self._world.local_rank
+
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
+        self._on_phase("kv_cache")
+        super().initialize_from_config(kv_cache_configs)
+
+    def compile_or_warm_up_model(self) -> None:
+        self._on_phase("warm_up")
+        super().compile_or_warm_up_model()
+        self._on_phase("schedule")
+
+
+class Engine:
+    """One `LLMEngine` of a world, on this rank.
+
+    Make it with `Engine.build`. Main thread only. `release` may be called twice.
+    """
+
+    def __init__(self, llm: LLMEngine, world: World, device: Device) -> None:
+        self.llm = llm
+        self.world = world
+        self._device = device
+        self._model = weakref.ref(llm.model_executor.driver_worker.get_model())
+        self.released = False
+
+    @classmethod
+    def build(
+        cls, config: VllmConfig, world: World, device: Device, on_phase: OnPhase
+    ) -> Engine:
+        """Build the engine collectively with the world's other ranks; blocks.
+
+        `on_phase(name)` is called as each phase begins. On any error everything of the
+        engine on this rank is given back, the world included, and the error goes on.
+        """
+        world.enter()
+        try:
+            on_phase("tokenizer")
+            llm = LLMEngine(
+                config,
+                partial(ResidentExecutor, world=world, on_phase=on_phase),
+                log_stats=False,
+                usage_context=UsageContext.LLM_CLASS,
+            )
+            # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
+            llm.engine_core._finalizer.detach()
+            # Every rank has mapped the world's segments by now; without names a killed
+            # pool leaves none behind.
+            world.barrier()
+            mapping.unlink_shared(world.segment_token)
+        except BaseException as error:
+            _clear_frames(error)
+            world.close()
+            _collect(device)
+            raise
+        return cls(llm, world, device)
+
+    @property
+    def core(self) -> EngineCore:
+        return self.llm.engine_core.engine_core
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything: requests, or batches still in flight."""
+        return self.core.scheduler.has_requests() or bool(self.core.batch_queue)
+
+    def step(self) -> list[RequestOutput]:
+        """One step through the front half: schedule, run, detokenize. Collective."""
+        self.world.enter()
+        return self.llm.step()
+
+    def release(self) -> None:
+        """Destroy the engine and its world and give everything back.
+
+        Raises `ReleaseIncomplete` if the model is still reachable afterwards. Does what
+        `EngineCore.shutdown` does, except that the distributed state is the world's to
+        close and the heap is collected once (vllm 0.32.0, v1/engine/core.py).
+        """
+        if self.released:
+            return
+        self.released = True
+        self.world.enter()
+        llm, core = self.llm, self.core
+        try:
+            core.structured_output_manager.clear_backend()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            llm._finalizer()
+        finally:
+            del self.llm, llm, core
+            self.world.close()
+            envs.disable_envs_cache()
+            torch.set_num_threads = _SET_NUM_THREADS
+            _collect(self._device)
+        if (model := self._model()) is not None:
+            holders = [type(each).__name__ for each in gc.get_referrers(model)]
+            raise ReleaseIncomplete(
+                f"the model of {self.world.identity} is still held by {holders[:8]}",
+                phase="release",
+            )
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the locals of the error's frames: they hold the half-built engine."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _collect(device: Device) -> None:
+    """Free what only cycles hold, then give free memory back to the device.
+
+    A build ends with vLLM freezing the heap, so the engine is only found after a thaw;
+    freezing again keeps the next collections short.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    device.empty_cache()
+
+
+class PhaseClock:
+    """Seconds spent in each phase, in order; a phase ends where the next begins."""
+
+    def __init__(self, on_phase: OnPhase) -> None:
+        self._on_phase = on_phase
+        self._current = ""
+        self._since = time.monotonic()
+        self.phases: dict[str, float] = {}
+
+    @property
+    def current(self) -> str:
+        return self._current
+
+    def start(self, phase: str) -> None:
+        self.stop()
+        self._current = phase
+        self._on_phase(phase)
+
+    def stop(self) -> None:
+        now = time.monotonic()
+        if self._current:
+            spent = self.phases.get(self._current, 0.0)
+            self.phases[self._current] = spent + now - self._since
+        self._since = now

@@ -1,0 +1,245 @@
+"""The leader's step plans to its followers.
+
+Every rank of an engine has a scheduler of its own, so all must see the same inputs at
+the same step. Before each step the leader sends a plan: requests to add and abort, in
+order, and whether to step or to stop. It carries the digest of the leader's last
+outputs; a follower whose own differ raises `RankDiverged`. Plans are raw frames over
+one ZMQ socket per follower: a header, then vLLM's own engine-core frames.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch.distributed as dist
+import zmq
+from vllm.v1.engine import (
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+)
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from vllm_resident.errors import ProtocolError, RankDiverged, RankTimeout
+from vllm_resident.transport import open_socket, unix_endpoint
+
+_ADD = EngineCoreRequestType.ADD.value
+_ABORT = EngineCoreRequestType.ABORT.value
+
+
+class StepPlan(msgspec.Struct, array_like=True, frozen=True):
+    """What every rank of the engine does next.
+
+    `step` numbers the plans from 0; `digest` is of the outputs of the step before;
+    `actions` are (request type, number of frames) of what is to be applied first, the
+    frames following the header. `run`: take a step. `stop`: there is no next plan.
+    """
+
+    step: int
+    digest: int
+    run: bool
+    stop: bool
+    actions: list[tuple[bytes, int]]
+
+
+def digest(outputs: EngineCoreOutputs | None, previous: int) -> int:
+    """Checksum over all outputs up to and including these: who got which tokens."""
+    if outputs is None:
+        return previous
+    for output in outputs.outputs:
+        reason = "" if output.finish_reason is None else output.finish_reason.name
+        row = f"{output.request_id} {output.new_token_ids} {reason}"
+        previous = zlib.crc32(row.encode(), previous)
+    return previous
+
+
+class Leader(InprocClient):
+    """vLLM's in-process engine-core client with the plan put before each step.
+
+    Put in the place of an `LLMEngine`'s own client: what the engine's front half adds
+    and aborts is recorded, sent to the followers with the next plan, and applied here
+    at the same point. With no followers nothing is encoded or sent.
+    """
+
+    def __init__(self, core: EngineCore, followers: Sequence[zmq.Socket[bytes]]):
+        # InprocClient's own constructor would build a second core.
+        self.engine_core = core
+        self._followers = followers
+        self._encoder = MsgpackEncoder()
+        self._pending: list[tuple[bytes, Any]] = []
+        self._step = 0
+        self._digest = 0
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
+
+    def add_request(self, request: EngineCoreRequest) -> None:
+        self._pending.append((_ADD, request))
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        if request_ids:
+            self._pending.append((_ABORT, request_ids))
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        """Take back requests recorded since the last plan, as if never added."""
+        gone = set(request_ids)
+        self._pending = [
+            (kind, item)
+            for kind, item in self._pending
+            if kind != _ADD or item.request_id not in gone
+        ]
+
+    def get_output(self) -> EngineCoreOutputs:
+        """Plan and take one step; collective."""
+        self._publish(run=True)
+        outputs, self._digest = _run(self.engine_core, self._digest)
+        return outputs or EngineCoreOutputs()
+
+    def settle(self) -> None:
+        """Send what is pending and the last digest without a step, at the end of a
+        burst: a divergence in the last step shows at once, not at the next request."""
+        self._publish(run=False)
+
+    def stop(self) -> None:
+        """Tell the followers that this was the last plan."""
+        self._publish(run=False, stop=True)
+
+    def close(self) -> None:
+        for socket in self._followers:
+            socket.close()
+
+    def _publish(self, *, run: bool, stop: bool = False) -> None:
+        pending, self._pending = self._pending, []
+        if self._followers:
+            # Encoded before anything is applied: preprocessing may change a request.
+            frames = [self._encoder.encode(item) for _, item in pending]
+            actions = [
+                (kind, len(parts))
+                for (kind, _), parts in zip(pending, frames, strict=True)
+            ]
+            header = StepPlan(self._step, self._digest, run, stop, actions)
+            plan = [msgspec.msgpack.encode(header)]
+            for parts in frames:
+                plan.extend(parts)
+            for socket in self._followers:
+                socket.send_multipart(plan)
+        self._step += 1
+        for kind, item in pending:
+            _apply(self.engine_core, kind, item)
+
+
+class Follower:
+    """Applies the leader's plans to this rank's engine core."""
+
+    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes]) -> None:
+        self._core = core
+        self.socket = socket
+        self._requests = MsgpackDecoder(EngineCoreRequest)
+        self._ids = MsgpackDecoder(list[str])
+        self._step = 0
+        self._digest = 0
+        self.stopped = False
+
+    def follow(self) -> bool:
+        """Take the next plan if there is one, without waiting; True if there was.
+
+        Collective when the plan says to step. Raises `RankDiverged` before anything of
+        the plan is applied, `ProtocolError` when a plan is missing or malformed.
+        """
+        try:
+            header, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        plan = self._check(header)
+        for kind, num_frames in plan.actions:
+            parts, frames = frames[:num_frames], frames[num_frames:]
+            decoder = self._requests if kind == _ADD else self._ids
+            _apply(self._core, kind, decoder.decode(parts))
+        self.stopped = plan.stop
+        if plan.run:
+            _, self._digest = _run(self._core, self._digest)
+        return True
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _check(self, header: bytes) -> StepPlan:
+        try:
+            plan = msgspec.msgpack.decode(header, type=StepPlan)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"not a step plan: {error}") from error
+        if plan.step != self._step:
+            raise ProtocolError(f"step plan {plan.step} came, {self._step} was due")
+        if plan.digest != self._digest:
+            raise RankDiverged(
+                f"this rank's outputs up to step {self._step} differ from its leader's "
+                f"({self._digest:08x} against {plan.digest:08x})",
+                phase="step",
+            )
+        self._step += 1
+        return plan
+
+
+def _apply(core: EngineCore, kind: bytes, item: Any) -> None:
+    if kind == _ADD:
+        request, wave = core.preprocess_add_request(item)
+        core.add_request(request, wave)
+    else:
+        core.abort_requests(item)
+
+
+def _run(core: EngineCore, before: int) -> tuple[EngineCoreOutputs | None, int]:
+    outputs, model_executed = core.step_fn()
+    core.post_step(model_executed=model_executed)
+    mine = outputs.get(0) if outputs else None
+    return mine, digest(mine, before)
+
+
+def lead(
+    context: zmq.Context[Any],
+    directory: Path,
+    generation: int,
+    store: dist.Store,
+    num_followers: int,
+    timeout_s: float,
+) -> list[zmq.Socket[bytes]]:
+    """One connected socket per follower; blocks until each has said it is there.
+
+    A socket each, not a broadcast: PUB drops for a slow peer, and a lost plan would
+    stop the engine.
+    """
+    sockets = []
+    for follower in range(1, num_followers + 1):
+        socket = open_socket(context, zmq.PAIR)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        endpoint = unix_endpoint(directory / f"plan-{generation}-{follower}.sock")
+        socket.bind(endpoint)
+        store.set(f"plan/{follower}", endpoint)
+        sockets.append(socket)
+    for follower, socket in enumerate(sockets, start=1):
+        if not socket.poll(int(timeout_s * 1000)):
+            raise RankTimeout(
+                f"follower {follower} of generation {generation} did not connect to "
+                f"its leader within {timeout_s:g} s",
+                generation=generation,
+            )
+        socket.recv()
+    return sockets
+
+
+def follow(
+    context: zmq.Context[Any], rank: int, store: dist.Store
+) -> zmq.Socket[bytes]:
+    """The socket this follower takes its plans from; blocks on the store's time-out."""
+    socket = open_socket(context, zmq.PAIR)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(store.get(f"plan/{rank}").decode())
+    socket.send(b"here")
+    return socket

@@ -1,0 +1,140 @@
+"""Library mode: resident engines in a plain SPMD script under torchrun.
+
+The same worlds and engines as in a pool, with no controller: every rank runs the same
+script and calls the same functions in the same order, so no step plans are needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from vllm_resident import shm
+from vllm_resident.errors import CommandRejected
+from vllm_resident.messages import Completion
+from vllm_resident.rank import device as devices
+
+if TYPE_CHECKING:
+    import torch.distributed
+
+    from vllm_resident.rank.engine import Engine
+
+# A collective stuck for longer means a rank has left the script.
+WORLD_TIMEOUT_S = 600.0
+
+_num_worlds: Counter[tuple[int, ...]] = Counter()
+
+
+class SpmdEngine:
+    """An engine of this script; the same calls must be made on each of its ranks."""
+
+    def __init__(self, engine: Engine, ranks: Sequence[int]) -> None:
+        from vllm_resident.rank.lockstep import Leader
+        from vllm_resident.rank.requests import Requests
+
+        self.ranks = list(ranks)
+        self._engine = engine
+        self._num_calls = 0
+        leader = Leader(engine.core, [])
+        engine.llm.engine_core = leader
+        self._leader = leader
+        self._requests = Requests(engine.llm, leader)
+
+    @property
+    def llm(self) -> Any:
+        """vLLM's own `LLMEngine`, for what this class does not offer."""
+        return self._engine.llm
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[list[int]],
+        sampling_params: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Run the prompts to their ends; blocks; the same result on every rank.
+
+        Prompts are texts or lists of token ids, sampling parameters vLLM's by name.
+        Returns completions sorted by (prompt_index, index). Raises `CommandRejected`
+        (nothing has run then) where vLLM refuses a prompt or a parameter.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        number = self._num_calls
+        self._num_calls += 1
+        self._requests.add(number, texts, {**(sampling_params or {}), **sampling}, False)
+        completions: list[Completion] = []
+        while self._engine.has_work or self._leader.has_pending:
+            for _, fresh, _ in self._requests.collect(self._engine.step()):
+                completions.extend(fresh)
+        return sorted(completions, key=lambda each: (each.prompt_index, each.index))
+
+
+@contextmanager
+def engine(
+    model: str, *, ranks: Sequence[int] | None = None, **engine_args: Any
+) -> Iterator[SpmdEngine]:
+    """A resident engine over `ranks` (all by default), given back at the end.
+
+    Called by exactly those ranks, each the same way; other ranks may have engines of
+    their own meanwhile. `engine_args` are vLLM's by name; with no parallel size given,
+    `tensor_parallel_size` is the number of ranks. Blocks while it builds. Raises
+    `CommandRejected` for arguments vLLM refuses, `RankTimeout` for ranks that do not
+    come, `ReleaseIncomplete` if something is still held at the end.
+    """
+    store, device, owner, rank, world_size = _process()
+    members = list(ranks) if ranks is not None else list(range(world_size))
+    if rank not in members or len(set(members)) != len(members):
+        raise CommandRejected(f"rank {rank} cannot build an engine over ranks {members}")
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    if not any(size in engine_args for size in sizes):
+        engine_args["tensor_parallel_size"] = len(members)
+
+    from vllm_resident.rank.engine import Engine, configure
+    from vllm_resident.rank.world import World
+
+    config = configure(model, engine_args)
+    if config.parallel_config.world_size != len(members):
+        raise CommandRejected(
+            f"the parallel sizes multiply to {config.parallel_config.world_size}, "
+            f"but {len(members)} ranks are given"
+        )
+    # Members have formed the same worlds in the same order, so they count alike.
+    _num_worlds[tuple(members)] += 1
+    name = f"spmd-{'.'.join(map(str, members))}-{_num_worlds[tuple(members)]}"
+    world = World.form(
+        identity=name,
+        rank=members.index(rank),
+        size=len(members),
+        local_rank=device.index,
+        owner=owner,
+        store=store,
+        backend=device.backend,
+        timeout_s=WORLD_TIMEOUT_S,
+    )
+    built = Engine.build(config, world, device, on_phase=lambda phase: None)
+    try:
+        yield SpmdEngine(built, members)
+    finally:
+        built.release()
+
+
+@cache
+def _process() -> tuple[torch.distributed.Store, devices.Device, str, int, int]:
+    """Prepare this process once: (store, device, owner token, rank, world size).
+
+    RANK and WORLD_SIZE are read here, before a world puts its own numbers there.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = devices.prepare_process(
+        int(os.environ["LOCAL_RANK"]),
+        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+    from vllm_resident.rank.world import connect_store
+
+    device.activate()
+    shm.remove(shm.stale_segments())
+    store = connect_store(WORLD_TIMEOUT_S)
+    return store, device, shm.owner_token(os.getppid()), rank, world_size

@@ -1,0 +1,334 @@
+"""Form, enter, leave and close one world: the distributed state of one engine here.
+
+torch.distributed allows one default group at a time, and vLLM keeps its groups in
+module globals. A `World` owns a private copy of both and swaps it in, so that several
+engines with different layouts live in one process. Ranks are 0..n-1 *inside* the world:
+vLLM sees a world of exactly its own size. This module knows nothing of engines and is
+the only one that touches torch.distributed and vLLM's parallel state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import ModuleType
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from vllm.distributed import parallel_state
+
+from vllm_resident.errors import RankFailure, RankTimeout
+from vllm_resident.rank import mapping
+
+_MEET_POLL_S = 0.005
+# Groups one world may create before its names could meet another world's.
+_NAMES_PER_WORLD = 1 << 12
+
+
+class WorldCancelled(RankFailure):
+    """Forming was called off by the controller."""
+
+
+class _PrivateWorld(c10d._World):
+    """c10d's state object with maps of its own.
+
+    torch documents `distributed_c10d._world` as the point to override; the base class
+    keeps its maps in module globals, which every world would share.
+    """
+
+    def __init__(self, first_name: int) -> None:
+        super().__init__()
+        self._maps: dict[str, Any] = {
+            name: {}
+            for name in (
+                "pg_map",
+                "pg_names",
+                "pg_group_ranks",
+                "pg_backend_config",
+                "tags_to_pg",
+                "pg_to_tag",
+            )
+        }
+        self._group_count = first_name
+
+    pg_map = property(lambda self: self._maps["pg_map"])
+    pg_names = property(lambda self: self._maps["pg_names"])
+    pg_group_ranks = property(lambda self: self._maps["pg_group_ranks"])
+    pg_backend_config = property(lambda self: self._maps["pg_backend_config"])
+    tags_to_pg = property(lambda self: self._maps["tags_to_pg"])
+    pg_to_tag = property(lambda self: self._maps["pg_to_tag"])
+
+    @property
+    def group_count(self) -> int:
+        return self._group_count
+
+    @group_count.setter
+    def group_count(self, value: int) -> None:
+        self._group_count = value
+
+
+class _Holder:
+    """The globals of one module that belong to a world, with their pristine values."""
+
+    def __init__(self, module: ModuleType, names: list[str]) -> None:
+        self.module = module
+        self.pristine = {name: getattr(module, name) for name in names}
+
+    def fresh(self) -> dict[str, Any]:
+        return {
+            name: dict(value) if isinstance(value, dict) else value
+            for name, value in self.pristine.items()
+        }
+
+    def capture(self) -> dict[str, Any]:
+        return {name: getattr(self.module, name) for name in self.pristine}
+
+    def install(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self.module, name, value)
+
+
+def _vllm_names() -> list[str]:
+    """vLLM's parallel-state globals: those annotated as a group, and the few others."""
+    groups = [
+        name
+        for name, kind in parallel_state.__annotations__.items()
+        if name.startswith("_") and name.isupper() and "GroupCoordinator" in str(kind)
+    ]
+    return [
+        *groups,
+        "_NODE_COUNT",
+        "_ENABLE_CUSTOM_ALL_REDUCE",
+        # Per world, so that "tp:0" is the same group's name in every world: names go
+        # into shared-memory segments and compiled graphs, and must agree across ranks
+        # whatever each rank built before.
+        "_groups",
+        "_group_name_counter",
+    ]
+
+
+_HOLDERS = [
+    _Holder(c10d, ["_world", "_backend", "_default_pg_init_method"]),
+    _Holder(parallel_state, _vllm_names()),
+]
+
+
+def _rng_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+
+
+def _set_rng_states(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    numpy.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+class World:
+    """One engine's torch.distributed and vLLM parallel state in this process.
+
+    Make it with `World.form`. Not thread-safe: only the main thread enters and closes;
+    `abort` may be called from any thread.
+    """
+
+    _entered: World | None = None
+
+    def __init__(
+        self, identity: str, rank: int, size: int, local_rank: int, owner: str
+    ) -> None:
+        self.identity = identity
+        self.segment_token = owner + re.sub(r"[^A-Za-z0-9.-]", "-", identity)
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.closed = False
+        digest = hashlib.blake2b(identity.encode(), digest_size=5).digest()
+        first_name = int.from_bytes(digest, "big") * _NAMES_PER_WORLD
+        self._c10d = _PrivateWorld(first_name)
+        self._values = [holder.fresh() for holder in _HOLDERS]
+        self._values[0]["_world"] = self._c10d
+        self._rng = _rng_states()
+        self._env = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(local_rank),
+        }
+
+    @classmethod
+    def form(
+        cls,
+        *,
+        identity: str,
+        rank: int,
+        size: int,
+        local_rank: int,
+        owner: str,
+        store: dist.Store,
+        backend: str,
+        timeout_s: float,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> World:
+        """Form the world together with its other `size - 1` ranks; blocks.
+
+        `identity` must be new and the same on all of them; it prefixes the store's keys
+        and seeds the groups' names. `owner` is this machine's `shm.owner_token`; with
+        the identity it names the world's shared memory. `timeout_s` bounds the meeting and every collective
+        of the world's life. Raises `RankTimeout` naming the ranks that did not come,
+        `WorldCancelled` when `cancelled()` turns true; either way nothing is left.
+        The world is entered when this returns.
+        """
+        world = cls(identity, rank, size, local_rank, owner)
+        world.store = dist.PrefixStore(identity, store)
+        world._meet(world.store, timeout_s, cancelled)
+        world.enter()
+        hook = sys.excepthook
+        try:
+            dist.init_process_group(
+                backend,
+                store=world.store,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+        except BaseException:
+            world.close()
+            raise
+        finally:
+            # init_process_group wraps the hook anew each time (torch 2.13): over many
+            # worlds that is a leak and an ever longer prefix.
+            sys.excepthook = hook
+        return world
+
+    def _meet(
+        self, store: dist.Store, timeout_s: float, cancelled: Callable[[], bool]
+    ) -> None:
+        """Wait until every rank is about to form the world.
+
+        c10d's own rendezvous blocks inside C++ and cannot be called off; here it can.
+        """
+        deadline = time.monotonic() + timeout_s
+        keys = [f"meet/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], b"1")
+        while not store.check(keys):
+            if cancelled():
+                raise WorldCancelled(f"forming world {self.identity} was called off")
+            if time.monotonic() > deadline:
+                absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                raise RankTimeout(
+                    f"ranks {absent} of world {self.identity} did not come to form it "
+                    f"within {timeout_s:g} s"
+                )
+            time.sleep(_MEET_POLL_S)
+
+    def enter(self) -> None:
+        """Make this the process's distributed state; free if it is already."""
+        if World._entered is self:
+            return
+        if self.closed:
+            raise RuntimeError(f"world {self.identity} is closed")
+        if World._entered is not None:
+            World._entered.leave()
+        for holder, values in zip(_HOLDERS, self._values, strict=True):
+            holder.install(values)
+        os.environ.update(self._env)
+        _set_rng_states(self._rng)
+        World._entered = self
+
+    def leave(self) -> None:
+        """Put the pristine state back and keep this world's for the next `enter`."""
+        if World._entered is not self:
+            return
+        self._values = [holder.capture() for holder in _HOLDERS]
+        self._rng = _rng_states()
+        for holder in _HOLDERS:
+            holder.install(holder.pristine)
+        World._entered = None
+
+    def abort(self) -> None:
+        """Make collectives in flight fail, from any thread; the world must be closed
+        afterwards. Spinning shared-memory collectives of the CPU do not notice."""
+        for group in list(self._c10d.pg_map):
+            with suppress(RuntimeError):
+                group.abort()
+
+    def close(self) -> None:
+        """Destroy the groups and give back what they held. May be called twice.
+
+        Not collective: a rank may close alone, its peers' collectives then fail.
+        """
+        if self.closed:
+            return
+        self.enter()
+        try:
+            parallel_state.destroy_model_parallel()
+            if (group := parallel_state._WORLD) is not None:
+                group.destroy()
+        finally:
+            self._destroy_groups()
+            World._entered = None
+            self.closed = True
+            self._values = []
+            for holder in _HOLDERS:
+                holder.install(holder.pristine)
+            mapping.release_shared(self.segment_token)
+
+    def _destroy_groups(self) -> None:
+        """Shut down the groups still registered, by name, newest first.
+
+        `destroy_process_group()` would do this too, but it also clears the process-wide
+        C++ registry, in which other live worlds have their groups (torch 2.13).
+        """
+        names = self._c10d.pg_names
+        for group in sorted(names, key=lambda each: names[each], reverse=True):
+            with suppress(RuntimeError):
+                group.shutdown()
+            with suppress(RuntimeError):
+                torch._C._distributed_c10d._unregister_process_group(group.group_name)
+        for entries in self._c10d._maps.values():
+            entries.clear()
+        self._c10d.pg_coalesce_state.clear()
+        self._c10d.default_pg = None
+
+    @property
+    def init_method(self) -> str:
+        """An init method that only names the world: vLLM never dials it, the default
+        group being there, but its CPU worker names shared memory after what follows the
+        last colon (vllm 0.32.0, v1/worker/cpu_worker.py, VLLM_DIST_IDENT)."""
+        return f"env://:{self.segment_token}"
+
+    def barrier(self) -> None:
+        """Wait for every rank of the world; collective, bounded by its time-out."""
+        self.enter()
+        dist.barrier(group=parallel_state.get_world_group().cpu_group)
+
+    def __enter__(self) -> World:
+        self.enter()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.leave()
+
+
+def connect_store(timeout_s: float) -> dist.TCPStore:
+    """A client of the launcher's long-lived store at MASTER_ADDR:MASTER_PORT.
+
+    torchrun's agent hosts one that outlives its workers; under another launcher global
+    rank 0 hosts it here.
+    """
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=not agent_hosts and os.environ["RANK"] == "0",
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )

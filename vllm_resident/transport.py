@@ -1,0 +1,168 @@
+"""One ZMQ channel for commands: frames, versions, size limits, endpoints.
+
+A message is two frames: the protocol's name and version, then one msgpack document.
+Listeners are ROUTER, peers are DEALER. Nothing here knows what a message means, and
+nothing here waits: callers poll with deadlines of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+
+from vllm_resident.errors import CommandRejected, ProtocolError
+from vllm_resident.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+
+GREETING = b"vllm-resident/%d" % PROTOCOL_VERSION
+# Linux: sun_path holds 108 bytes with its terminator.
+MAX_SOCKET_PATH_BYTES = 107
+# Far above any stream's natural backlog; a peer that does not read reaches it and is
+# cut off instead of growing the sender's memory.
+SEND_QUEUE_MESSAGES = 10_000
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: msgspec.Struct) -> list[bytes]:
+    """The frames of `message`; `ProtocolError` if it is larger than the limit."""
+    payload = _encoder.encode(message)
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(
+            f"{type(message).__name__} of {len(payload)} bytes is over the limit of "
+            f"{MAX_MESSAGE_BYTES} bytes: send fewer prompts in one call"
+        )
+    return [GREETING, payload]
+
+
+class Decoder(Generic[T]):
+    """Turns frames into messages of one union; every failure is a `ProtocolError`."""
+
+    def __init__(self, union: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(union)
+
+    def decode(self, frames: Sequence[bytes]) -> T:
+        if len(frames) != 2:
+            raise ProtocolError(f"expected 2 frames, got {len(frames)}")
+        greeting, payload = frames
+        if greeting != GREETING:
+            raise ProtocolError(
+                f"peer speaks {greeting[:40]!r}, this side speaks "
+                f"{GREETING.decode()!r}: install the same vllm-resident on both sides"
+            )
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(
+                f"frame of {len(payload)} bytes is over the limit of "
+                f"{MAX_MESSAGE_BYTES} bytes"
+            )
+        try:
+            return self._decoder.decode(payload)  # type: ignore[no-any-return]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"not a message: {error}") from error
+
+
+def peek_call(frames: Sequence[bytes]) -> int:
+    """The call number of a frame that failed to decode, or -1, to answer it by."""
+    try:
+        document = msgspec.msgpack.decode(frames[-1])
+        return int(document["call"])
+    except (
+        msgspec.DecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        UnicodeDecodeError,
+        RecursionError,
+    ):
+        return -1
+
+
+def open_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
+    """A socket with this project's limits; never lingers at close."""
+    socket: zmq.Socket[Any] = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MESSAGES)
+    # libzmq cuts a peer off silently above this; `Decoder` answers first up to there.
+    socket.setsockopt(zmq.MAXMSGSIZE, 4 * MAX_MESSAGE_BYTES)
+    if kind == zmq.ROUTER:
+        # Sending to a peer that is gone raises instead of dropping: that is how a
+        # vanished client shows.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return socket
+
+
+def host_id() -> str:
+    """Equal in two processes exactly when they share a kernel and a pid namespace,
+    so that a pid of the one means the same process to the other (Linux)."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot_id}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def pool_directory(pool: str) -> Path:
+    """Where the pool called `pool` keeps its sockets, state and logs on this machine.
+
+    `VLLM_RESIDENT_DIR` names the parent; by default it is in `XDG_RUNTIME_DIR`, else in
+    the temporary folder under the user's number.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", pool):
+        raise CommandRejected(
+            f"pool name {pool!r}: use 1 to 32 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit"
+        )
+    if parent := os.environ.get("VLLM_RESIDENT_DIR"):
+        return Path(parent) / pool
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "vllm-resident" / pool
+    return Path(tempfile.gettempdir()) / f"vllm-resident-{os.getuid()}" / pool
+
+
+def ensure_private(directory: Path) -> Path:
+    """Create `directory` with mode 0700; refuse one that others may enter."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = directory.stat()
+    if status.st_uid != os.getuid():
+        raise CommandRejected(f"{directory} belongs to user {status.st_uid}")
+    if status.st_mode & 0o077:
+        directory.chmod(0o700)
+    return directory
+
+
+def unix_endpoint(path: Path) -> str:
+    """`ipc://` endpoint of a socket file; refuses a path the kernel cannot hold."""
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise CommandRejected(
+            f"socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes: "
+            "set VLLM_RESIDENT_DIR to a shorter folder"
+        )
+    return f"ipc://{path}"
+
+
+def controller_endpoint(pool: str) -> str:
+    """Endpoint of the pool's embedded controller on this machine."""
+    return unix_endpoint(pool_directory(pool) / "controller.sock")
+
+
+def check_bindable(endpoint: str) -> None:
+    """Refuse an endpoint that would listen beyond this machine."""
+    if endpoint.startswith("ipc://"):
+        return
+    match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^:]+):(\d+|\*)", endpoint)
+    if match is None:
+        raise CommandRejected(
+            f"endpoint {endpoint!r}: use ipc:///path/to.sock or tcp://127.0.0.1:PORT"
+        )
+    host = match.group(1)
+    if host not in ("127.0.0.1", "localhost", "[::1]") and not host.startswith("127."):
+        raise CommandRejected(
+            f"endpoint {endpoint!r} listens beyond this machine; only loopback "
+            "addresses and unix sockets are supported without keys"
+        )
