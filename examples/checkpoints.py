@@ -8,10 +8,10 @@ process that must stay without them runs `python -m examples.checkpoints NAME...
 """
 
 import argparse
+import fcntl
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,26 +89,25 @@ def smollm2(folder: Path | None = None) -> Path:
 def _publish(target: Path, write: Callable[[Path], None]) -> Path:
     """Write a checkpoint beside `target` and rename it there once it is whole.
 
-    The rename is what makes it appear: a killed run leaves a scratch folder, never
-    half a checkpoint. Of two processes that race, the second finds the folder taken
-    and uses it.
+    The rename is what makes it appear: a killed run leaves a scratch folder, which
+    the next one clears, never half a checkpoint. Of two processes that want it, the
+    second waits for the first.
     """
     if _is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        write(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes 0700 folders
-        if target.exists() and not _is_whole(target):
-            shutil.rmtree(target)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not _is_whole(target):
-                raise
-    finally:
+    scratch = target.parent / f".{target.name}.part"
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_whole(target):
+            return target
+        if target.exists() and any(target.iterdir()):
+            # Nothing of ours: what we write is whole or is in the scratch folder.
+            raise FileExistsError(f"{target} is not a whole checkpoint: remove it")
         shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        write(scratch)
+        scratch.rename(target)
     return target
 
 

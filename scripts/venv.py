@@ -164,9 +164,10 @@ def finds(pin: str) -> bool:
 
 def pip(arguments: list[str], lock_fd: int, total: int = 0) -> None:
     """Run pip in .venv, its output to the log, a line of progress to the terminal."""
-    command = [VENV_PYTHON, "-m", "pip", "--no-input", *arguments]
+    command = [str(VENV_PYTHON), "-m", "pip", "--no-input", *arguments]
     started = time.monotonic()
     with LOG.open("a") as log:
+        before = log.tell()
         # pip inherits the lock: should this process be killed, the next build still
         # waits for the pip it left behind.
         process = subprocess.Popen(
@@ -184,19 +185,22 @@ def pip(arguments: list[str], lock_fd: int, total: int = 0) -> None:
                 break
             except subprocess.TimeoutExpired:
                 if total:
-                    say(f"{time.monotonic() - started:4.0f} s  {progress(total)}")
+                    seconds = time.monotonic() - started
+                    say(f"{seconds:4.0f} s  {progress(total, before)}")
     except BaseException:
         process.terminate()
         process.wait()
         raise
     if status != 0:
         tail = [line[:LOG_LINE_CHARS] for line in readable_log()[-LOG_TAIL_LINES:]]
-        raise BuildError("\n".join(tail) + f"\npip {arguments[0]} failed with status {status}.")
+        raise BuildError(
+            "\n".join(tail) + f"\npip {arguments[0]} failed with status {status}."
+        )
 
 
-def progress(total: int) -> str:
-    """Return how far pip has come, as its log and site-packages show."""
-    lines = readable_log()
+def progress(total: int, before: int) -> str:
+    """Return how far pip has come, as its log from `before` and site-packages show."""
+    lines = readable_log(before)
     if any(line.startswith("Installing collected packages") for line in lines):
         done = sum(1 for _ in VENV.glob("lib/python*/site-packages/*.dist-info"))
         return f"installing: {min(done, total)} of {total} packages"
@@ -209,9 +213,9 @@ def progress(total: int) -> str:
     return f"fetching: {min(len(named), total)} of {total} packages"
 
 
-def readable_log() -> list[str]:
-    """Return the log without pip's remark on every package an index lacks."""
-    text = LOG.read_text(errors="replace")
+def readable_log(start: int = 0) -> list[str]:
+    """Return the log from byte `start`, without a remark per package and index."""
+    text = LOG.read_bytes()[start:].decode(errors="replace")
     return [line for line in text.splitlines() if "is ignored: it is" not in line]
 
 

@@ -28,6 +28,8 @@ from vllm_resident.messages import PoolStatus
 POLL_INTERVAL_S = 0.2
 # torchrun gives its workers 30 s after SIGTERM, then kills them.
 TERMINATE_TIMEOUT_S = 40.0
+# Ranks that were told to stop have answered already; what is left is to exit.
+STOP_TIMEOUT_S = 15.0
 _LOG_TAIL_LINES = 25
 _PR_SET_PDEATHSIG = 1
 
@@ -83,6 +85,13 @@ class Launch:
             return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])
         return ""
 
+    def wait_end(self) -> None:
+        """Wait for a pool that was told to stop; end what does not."""
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.terminate()
+
     def terminate(self) -> None:
         """Ask torchrun to end its ranks and itself; kill them all if it does not."""
         family = self._family()
@@ -135,9 +144,8 @@ def launch(
     endpoint = controller or transport.controller_endpoint(pool)
     if controller is None and somebody_listens(endpoint):
         raise CommandRejected(
-            f"a pool called {pool!r} is up already: see `vllm-resident status --pool "
-            f"{pool}`, end it with `vllm-resident shutdown --pool {pool}`, or give this "
-            "one another name (--pool NAME)"
+            f"a pool called {pool!r} is up already: end it with `vllm-resident "
+            f"shutdown --pool {pool}`, or give this one another name (--pool NAME)"
         )
     logs = directory / "logs"
     logs.mkdir(mode=0o700, exist_ok=True)

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from rich.progress import SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
+from vllm_resident.doctor import Check
 from vllm_resident.errors import RankFailure, ResidentError
 from vllm_resident.messages import (
     EngineReport,
@@ -31,6 +32,7 @@ _PHASE_STYLES = {
     "degraded": "red",
     "expected": "dim",
 }
+_VERDICTS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 _GIBIBYTE = 2**30
 
 
@@ -186,6 +188,17 @@ def _engine_table(engines: list[EngineStatus]) -> Table:
             escape(engine.model),
             escape(" ".join(f"{k}={v!r}" for k, v in engine.engine_args.items())),
         )
+    return table
+
+
+def checks_table(checks: list[Check]) -> RenderableType:
+    """What the doctor found, and how to mend what is not right."""
+    table = Table("", "check", "found", box=None, pad_edge=False)
+    for check in checks:
+        found = escape(check.found)
+        if check.remedy:
+            found += f"\n[bold]mend:[/] {escape(check.remedy)}"
+        table.add_row(_VERDICTS[check.verdict], escape(check.name), found)
     return table
 
 

@@ -40,7 +40,7 @@ from vllm_resident.messages import (
 
 STATUS_INTERVAL_S = 0.2
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
 Engines = Sequence[EngineSpec | Mapping[str, Any]] | str | Path
 
 

@@ -1,0 +1,82 @@
+"""One pool serves the e2e tests: that is what residency is for.
+
+Tests that kill ranks or need declared faults of another kind start pools of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from examples.checkpoints import REPO_ROOT, cache_folder
+from tests.e2e.pools import ARCHITECTURES, plain_vllm_tokens, running_pool
+from vllm_resident import Client
+
+# Engines of these names fail where they say; every other name is left alone.
+FAULTS = [
+    {"rank": 1, "phase": phase, "engine": f"fails-in-{phase.replace('_', '-')}"}
+    for phase in ("prepare", "form_world", "tokenizer", "load_model", "kv_cache",
+                  "warm_up", "schedule", "lockstep")
+] + [{"rank": 1, "phase": "load_model", "engine": "hangs", "action": "hang"}]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> dict[str, str]:
+    """Folder of each tiny model, made in a process of its own if missing."""
+    subprocess.run(
+        [sys.executable, "-m", "examples.checkpoints", *ARCHITECTURES],
+        cwd=REPO_ROOT,
+        check=True,
+        timeout=300,
+    )
+    return {name: str(cache_folder() / name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoints: dict[str, str]) -> Callable[[str], list[list[int]]]:
+    """Tokens of PROMPTS from plain vLLM in a fresh process, once per model."""
+
+    @cache
+    def tokens(name: str) -> list[list[int]]:
+        return plain_vllm_tokens(checkpoints[name])
+
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def pool_folder() -> Iterator[Path]:
+    """A short path: unix socket paths hold 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="vr-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_pool(pool_folder: Path) -> Iterator[Client]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_RESIDENT_FAULTS", json.dumps(FAULTS))
+    with running_pool("e2e", pool_folder) as client:
+        patch.undo()
+        yield client
+
+
+@pytest.fixture
+def pool(shared_pool: Client) -> Client:
+    """The shared pool with nothing loaded."""
+    shared_pool.apply([])
+    return shared_pool

@@ -1,0 +1,133 @@
+"""Real pools for the tests: torchrun, ranks, an embedded controller, plain references.
+
+Models run in float32, where TP=1 and TP=2 give the same tokens (in bfloat16 they differ
+by rounding), eager, with a small KV cache of a fixed size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from examples.checkpoints import REPO_ROOT
+from vllm_resident import Client, PoolStatus
+from vllm_resident.launch import launch
+from vllm_resident.messages import RankStatus
+
+ENGINE_ARGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 64 << 20,
+    "dtype": "float32",
+}
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "opt", "mixtral"]
+PROMPTS = ["hello world", "the quick brown fox", "a", "fox " * 20]
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16}
+READY_TIMEOUT_S = 240.0
+
+_REFERENCE = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+request = json.loads(sys.argv[1])
+llm = LLM(request["model"], **request["engine_args"])
+outputs = llm.generate(request["prompts"], SamplingParams(**request["sampling"]))
+tokens = [list(output.outputs[0].token_ids) for output in outputs]
+print("REFERENCE " + json.dumps(tokens), flush=True)
+os._exit(0)
+"""
+
+
+def plain_vllm_tokens(model: str) -> list[list[int]]:
+    """What a plain `vllm.LLM` in a fresh process generates for PROMPTS."""
+    request = {
+        "model": model,
+        "engine_args": ENGINE_ARGS,
+        "prompts": PROMPTS,
+        "sampling": SAMPLING,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _REFERENCE, json.dumps(request)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("REFERENCE "):
+            tokens: list[list[int]] = json.loads(line.removeprefix("REFERENCE "))
+            return tokens
+    raise AssertionError(f"plain vLLM failed on {model}:\n{done.stderr[-3000:]}")
+
+
+@contextmanager
+def running_pool(
+    name: str, directory: Path, *, num_ranks: int = 2, max_restarts: int = 0
+) -> Iterator[Client]:
+    """A pool of its own under `directory`; ended, by force if need be, at the end."""
+    before = os.environ.get("VLLM_RESIDENT_DIR")
+    os.environ["VLLM_RESIDENT_DIR"] = str(directory)
+    started = launch(name, num_ranks, max_restarts=max_restarts)
+    try:
+        with Client(started.endpoint) as client:
+            started.wait_ready(client, READY_TIMEOUT_S, lambda status: None)
+            yield client
+    finally:
+        started.terminate()
+        started.kill()
+        if before is None:
+            del os.environ["VLLM_RESIDENT_DIR"]
+        else:
+            os.environ["VLLM_RESIDENT_DIR"] = before
+
+
+def pids(client: Client) -> list[int]:
+    return [rank.pid for rank in client.status().ranks]
+
+
+def ranks_at_rest(client: Client) -> list[RankStatus]:
+    """The ranks' gauges, each read after everything that was asked has been done."""
+    time.sleep(2.5)
+    return client.status().ranks
+
+
+def wait_until(
+    client: Client, condition: Callable[[PoolStatus], bool], timeout_s: float, what: str
+) -> PoolStatus:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        status = client.status()
+        if condition(status):
+            return status
+        time.sleep(0.2)
+    raise AssertionError(f"{what} did not happen within {timeout_s} s: {status}")
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and (
+        psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    )
+
+
+def run_repo_python(
+    *arguments: str, timeout_s: float, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a repository's module or script as a user would, from its root."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPO_ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )

