@@ -419,12 +419,7 @@ RankMessage = (
 )
 ToController = ClientMessage | RankMessage
 ToClientMessage = (
-    Progress
-    | SwitchDone
-    | GenerateOutput
-    | StatusReported
-    | PoolStopped
-    | CallFailed
+    Progress | SwitchDone | GenerateOutput | StatusReported | PoolStopped | CallFailed
 )
 ToRankMessage = (
     Welcome

@@ -23,8 +23,16 @@ from vllm_resident import Client
 # Engines of these names fail where they say; every other name is left alone.
 FAULTS = [
     {"rank": 1, "phase": phase, "engine": f"fails-in-{phase.replace('_', '-')}"}
-    for phase in ("prepare", "form_world", "tokenizer", "load_model", "kv_cache",
-                  "warm_up", "schedule", "lockstep")
+    for phase in (
+        "prepare",
+        "form_world",
+        "tokenizer",
+        "load_model",
+        "kv_cache",
+        "warm_up",
+        "schedule",
+        "lockstep",
+    )
 ] + [{"rank": 1, "phase": "load_model", "engine": "hangs", "action": "hang"}]
 
 

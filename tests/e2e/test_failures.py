@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,8 +64,8 @@ class Streaming(threading.Thread):
 
 
 @pytest.fixture
-def own_folder(pool_folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    yield pool_folder
+def own_folder(pool_folder: Path, request: pytest.FixtureRequest) -> Path:
+    return pool_folder
 
 
 @pytest.mark.timeout(300)
@@ -92,8 +91,10 @@ def test_a_killed_rank_is_named_and_its_layout_comes_back(
         assert stream.ended_at - killed_at < 5
         wait_until(
             client,
-            lambda s: s.phase == "ready"
-            and [e.phase for e in s.engines] == ["ready", "ready"],
+            lambda s: (
+                s.phase == "ready"
+                and [e.phase for e in s.engines] == ["ready", "ready"]
+            ),
             120,
             "the layout's return",
         )

@@ -127,9 +127,9 @@ def test_a_prompt_longer_than_the_model_takes(serving: Client) -> None:
     rejects(lambda: serving.generate("m", ["ok", "fox " * 400], SAMPLING), "prompt 1")
 
 
-@pytest.mark.parametrize("prompts", [[], [""], [[]], [[999_999]]])
+@pytest.mark.parametrize("prompts", [[[]], [[999_999]]])
 def test_prompts_that_are_none(prompts: list[str], serving: Client) -> None:
-    rejects(lambda: serving.generate("m", prompts, SAMPLING), "")
+    rejects(lambda: serving.generate("m", prompts, SAMPLING), "prompt")
 
 
 def test_sampling_parameters_that_are_none(serving: Client) -> None:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING, wait_until
-from vllm_resident import AsyncClient, Client, Completion, CommandRejected
+from vllm_resident import AsyncClient, Client, CommandRejected, Completion
 
 LONG = {"temperature": 0.0, "max_tokens": 200, "ignore_eos": True}
 
@@ -52,7 +52,7 @@ def test_a_stream_comes_in_pieces_and_adds_up(engine: str, pool: Client) -> None
     whole = pool.generate(engine, "hello world", SAMPLING)[0]
     pieces = list(pool.stream(engine, "hello world", SAMPLING))
     assert len(pieces) > 3
-    assert sum((p.token_ids for p in pieces), []) == whole.token_ids
+    assert [t for p in pieces for t in p.token_ids] == whole.token_ids
     assert "".join(p.text for p in pieces) == whole.text
     assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].finish_reason == whole.finish_reason

@@ -368,6 +368,7 @@ def test_closing_fails_the_calls_of_other_threads(serve: Serve, client: Client) 
 
 def test_a_callback_may_not_call_its_own_client(serve: Serve, client: Client) -> None:
     serve(lambda m: [Progress(call=m.call, engine="e", phase="build", elapsed_s=0.1)])
+
     def ask_again(_: Progress) -> None:
         client.status()
 

@@ -844,10 +844,12 @@ def test_stale_messages_are_dropped_and_counted():
         answer(3, CloseEngine(generation=1, timeout_s=1)),
         RequestOutput(rank=1, generation=1, **output),
         RequestOutput(rank=0, generation=9, **output),
+        failed(3, 1),
+        PhaseStarted(rank=3, generation=1, phase="x"),
     ):
         assert harness.rank(message) == []
-    assert harness.state.num_stale_messages == 7
-    before.num_stale_messages = 7
+    assert harness.state.num_stale_messages == 9
+    before.num_stale_messages = 9
     assert harness.state == before
 
 

@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -231,9 +232,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         client, call = data.draw(st.sampled_from(sorted(self.open_calls)))
-        self.take(
-            self.pool.client_message(client, CancelGenerate(call=call), self.now)
-        )
+        self.take(self.pool.client_message(client, CancelGenerate(call=call), self.now))
 
     @rule(client=st.sampled_from(CLIENTS))
     def client_gone(self, client: bytes) -> None:
@@ -434,6 +433,8 @@ class ControllerMachine(RuleBasedStateMachine):
 
 
 TestControllerMachine = ControllerMachine.TestCase
+# Passing takes seconds; finding the shortest failing sequence may take minutes.
+TestControllerMachine.pytestmark = [pytest.mark.timeout(600)]
 TestControllerMachine.settings = settings(
     max_examples=150,
     stateful_step_count=40,

@@ -29,7 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments, output)
     except KeyboardInterrupt:
-        output.message("interrupted")
+        goes_on = arguments.command in ("load", "unload", "apply", "shutdown")
+        output.message(
+            "interrupted; the pool goes on with it: see `vllm-resident status`"
+            if goes_on
+            else "interrupted"
+        )
         return parser.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does. What is still buffered has

@@ -32,37 +32,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def split_options(parser: Parser, words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """(words of `parser`'s own, the other options by name).
+    """(`parser`'s own words, its options first; the other options by name).
 
     An option that is not the parser's takes the next word as its value unless that is
     an option too; so positional words come before such options.
     """
-    own: list[str] = []
+    options: list[str] = []
+    positional: list[str] = []
     others: dict[str, Any] = {}
-    position = 0
-    while position < len(words):
-        word = words[position]
-        position += 1
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         if word == "--":
-            own += words[position - 1 :]
+            positional += [word, *rest]
             break
-        option, _, inline = word.partition("=")
-        following = words[position] if position < len(words) else None
+        option, equals, inline = word.partition("=")
         if option in parser.own:
-            own.append(word)
-            if parser.own[option] and "=" not in word and following is not None:
-                own.append(following)
-                position += 1
+            options.append(word)
+            if parser.own[option] and not equals and rest:
+                options.append(rest.pop(0))
         elif not _OPTION.fullmatch(word):
-            own.append(word)
-        elif "=" in word:
+            positional.append(word)
+        elif equals:
             _add(parser, others, option, parse_value(inline))
-        elif following is not None and not _is_option(following):
-            _add(parser, others, option, parse_value(following))
-            position += 1
+        elif rest and not _is_option(rest[0]):
+            _add(parser, others, option, parse_value(rest.pop(0)))
         else:
             _add_flag(parser, others, option)
-    return own, others
+    return [*options, *positional], others
 
 
 def parse_value(text: str) -> Any:

@@ -145,13 +145,16 @@ def _stream(
     pieces = client.stream(
         arguments.engine, prompts[0], arguments.vllm, timeout_s=arguments.timeout
     )
-    for piece in pieces:
-        if output.json:
-            output.result(piece)
-        else:
-            output.line(piece.text, end="")
-    if not output.json:
-        output.line("")
+    try:
+        for piece in pieces:
+            if output.json:
+                output.result(piece)
+            else:
+                output.line(piece.text, end="")
+    finally:
+        pieces.close()
+        if not output.json:
+            output.line("")
     return parser.OK
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import Progress as Bars
@@ -34,6 +35,7 @@ _PHASE_STYLES = {
 }
 _VERDICTS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 _GIBIBYTE = 2**30
+_WORTH_SHOWING_S = 0.01
 
 
 class PhaseDisplay:
@@ -117,7 +119,9 @@ def _engine_line(engine: EngineReport) -> str:
     did = {"load": "loaded", "unload": "unloaded"}.get(engine.action, engine.action)
     ranks = ", ".join(map(str, engine.ranks))
     phases = " · ".join(
-        f"{escape(name)} {seconds:.2f}" for name, seconds in engine.phases.items()
+        f"{escape(name)} {seconds:.2f}"
+        for name, seconds in engine.phases.items()
+        if seconds >= _WORTH_SHOWING_S
     )
     line = (
         f"[bold]{escape(engine.name)}[/] {did}: rank{'s'[: len(engine.ranks) > 1]} "
@@ -146,7 +150,8 @@ def pool_tables(status: PoolStatus) -> RenderableType:
 
 def rank_table(ranks: list[RankStatus]) -> Table:
     """One row per rank."""
-    table = Table("rank", "phase", "pid", "host", "device", "memory", "engines")
+    columns = ("rank", "phase", "pid", "host", "device", "memory GiB", "engines")
+    table = Table(*columns, box=SIMPLE_HEAD)
     for column in ("fds", "threads", "shm", "restarts", "seen"):
         table.add_column(column, justify="right")
     for rank in ranks:
@@ -159,7 +164,7 @@ def rank_table(ranks: list[RankStatus]) -> Table:
             str(rank.pid),
             escape(rank.host),
             rank.device,
-            f"{_gib(rank.memory_used_bytes)} / {_gib(rank.memory_total_bytes)} GiB",
+            f"{_gib(rank.memory_used_bytes)} / {_gib(rank.memory_total_bytes)}",
             escape(", ".join(rank.engines)),
             str(rank.num_file_descriptors),
             str(rank.num_threads),
@@ -171,7 +176,8 @@ def rank_table(ranks: list[RankStatus]) -> Table:
 
 
 def _engine_table(engines: list[EngineStatus]) -> Table:
-    table = Table("engine", "phase", "ranks", "generation", "requests", "model")
+    columns = ("engine", "phase", "ranks", "generation", "requests", "model")
+    table = Table(*columns, box=SIMPLE_HEAD)
     table.add_column("engine arguments", overflow="fold")
     for engine in engines:
         phase = _phase(engine.phase)

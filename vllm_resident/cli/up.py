@@ -7,7 +7,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from rich.markup import escape
@@ -63,10 +63,14 @@ def _see_through(
         with _second_interrupt_kills(started):
             started.terminate()
         raise
-    _announce(started, client, status, report, arguments, output)
+
+    def announce() -> None:
+        _announce(started, client, status, report, arguments, output)
+
     if arguments.detach:
+        announce()
         return parser.OK
-    return _stay(started, client, output)
+    return _stay(started, client, announce, output)
 
 
 def _wait_ready(
@@ -131,9 +135,13 @@ def _what_next(arguments: argparse.Namespace) -> str:
     )
 
 
-def _stay(started: Launch, client: Client, output: Output) -> int:
-    """Until the pool ends or is to end."""
+def _stay(
+    started: Launch, client: Client, announce: Callable[[], None], output: Output
+) -> int:
+    """Until the pool ends or is to end. Who reads that it is ready may end it at once,
+    so that is said in here."""
     try:
+        announce()
         status = _wait_for_end(started)
     except (KeyboardInterrupt, _Terminated) as signalled:
         _shut_down(started, client, output)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from vllm_resident import shm
 from vllm_resident.doctor.check import Check
-from vllm_resident.doctor.machine import machine
-from vllm_resident.doctor.software import software
+from vllm_resident.doctor.machine import check_machine
+from vllm_resident.doctor.software import check_software
 
 __all__ = ["Check", "examine", "fix"]
 
 
 def examine(pool: str, num_ranks: int) -> list[Check]:
     """Look at everything a pool called `pool` of `num_ranks` ranks would need."""
-    return [*software(), *machine(pool, num_ranks)]
+    return [*check_software(), *check_machine(pool, num_ranks)]
 
 
 def fix() -> list[Path]:

@@ -28,7 +28,7 @@ _AFFINITY_VARIABLES = (
 )
 
 
-def machine(pool: str, num_ranks: int) -> list[Check]:
+def check_machine(pool: str, num_ranks: int) -> list[Check]:
     """Every check of what a pool called `pool` of `num_ranks` ranks would need."""
     return [
         _cores(num_ranks),

@@ -23,7 +23,7 @@ _INSTALL = (
 )
 
 
-def software() -> list[Check]:
+def check_software() -> list[Check]:
     """Every check of what is installed."""
     return [
         _python(),

@@ -56,17 +56,13 @@ def main() -> int:
         if name not in os.environ
     ]
     if missing:
-        print(
-            f"vllm_resident.rank: {', '.join(missing)} not set: start ranks with "
-            "torchrun --nproc-per-node N -m vllm_resident.rank",
-            file=sys.stderr,
-        )
+        _say(f"{', '.join(missing)} not set: start ranks with torchrun")
         return 2
     try:
         directory = transport.ensure_private(transport.pool_directory(arguments.pool))
         endpoint = arguments.controller or _embedded_endpoint(arguments.pool)
     except ResidentError as error:
-        print(f"vllm_resident.rank: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     rank = int(os.environ["RANK"])
     terminal = _log_to_file(directory / "logs" / f"rank-{rank}.log")
@@ -79,7 +75,7 @@ def main() -> int:
         try:
             _start_controller(arguments.pool, directory)
         except ResidentError as error:
-            os.write(terminal, f"vllm_resident.rank: {error}\n".encode())
+            _say(str(error), terminal)
             return 2
     status = _run(rank, device, endpoint, directory, terminal)
     logging.shutdown()
@@ -87,6 +83,11 @@ def main() -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _say(text: str, terminal: int = 2) -> None:
+    """One line to the person at the terminal, wherever this process's output goes."""
+    os.write(terminal, f"vllm_resident.rank: {text}\n".encode())
 
 
 def _embedded_endpoint(pool: str) -> str:
@@ -128,8 +129,9 @@ def _start_controller(pool: str, directory: Path) -> None:
             process = _spawn_controller(pool, launcher, directory)
         time.sleep(0.1)
     raise ResidentError(
-        f"no controller took the pool {pool!r} within {CONTROLLER_START_S:g} s: another "
-        f"pool of that name is up, or see {directory / 'logs' / 'controller.log'}"
+        f"no controller took the pool {pool!r} within {CONTROLLER_START_S:g} s: "
+        "another pool of that name is up, or see "
+        f"{directory / 'logs' / 'controller.log'}"
     )
 
 
@@ -172,7 +174,7 @@ def _run(
 
     loop, control = boot(rank, device, endpoint, directory, STORE_TIMEOUT_S)
 
-    def terminate(signum: int, frame: object) -> None:
+    def terminate(signum: int, _frame: object) -> None:
         from vllm_resident.messages import ExitRank
 
         control.expect_exit(f"signal {signum}")
@@ -182,10 +184,10 @@ def _run(
     # Ctrl-C reaches the whole foreground group; the launcher decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control.start()
-    os.write(
+    seconds = time.monotonic() - since
+    _say(
+        f"rank {rank}: pid {os.getpid()}, {device.name}, up in {seconds:.1f} s",
         terminal,
-        f"rank {rank}: pid {os.getpid()}, {device.name}, imported in "
-        f"{time.monotonic() - since:.1f} s\n".encode(),
     )
     return loop.run()
 

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -59,10 +60,8 @@ class Mailbox:
         """Everything that is there, without waiting."""
         if self._queue.empty():
             return []
-        try:
+        with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            pass
         items = []
         while True:
             try:
@@ -144,7 +143,9 @@ class Control(threading.Thread):
         self._post(socket, self._hello())
         heard = next_beat = time.monotonic()
         while True:
-            events = dict(poller.poll(max(0, int(1000 * (next_beat - time.monotonic())))))
+            events = dict(
+                poller.poll(max(0, int(1000 * (next_beat - time.monotonic()))))
+            )
             for message in self._outbox.take_all():
                 self._post(socket, message)
             if socket in events:

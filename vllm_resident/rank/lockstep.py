@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch.distributed as dist
 import zmq
 from vllm.v1.engine import (
     EngineCoreOutputs,
@@ -27,7 +26,11 @@ from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_resident.errors import ProtocolError, RankDiverged, RankTimeout
+from vllm_resident.rank.world import Store
 from vllm_resident.transport import open_socket, unix_endpoint
+
+# For a message that was sent already, over a unix socket.
+CONNECT_TIMEOUT_S = 20.0
 
 _ADD = EngineCoreRequestType.ADD.value
 _ABORT = EngineCoreRequestType.ABORT.value
@@ -206,40 +209,53 @@ def lead(
     context: zmq.Context[Any],
     directory: Path,
     generation: int,
-    store: dist.Store,
+    store: Store,
     num_followers: int,
-    timeout_s: float,
 ) -> list[zmq.Socket[bytes]]:
     """One connected socket per follower; blocks until each has said it is there.
 
     A socket each, not a broadcast: PUB drops for a slow peer, and a lost plan would
     stop the engine.
     """
-    sockets = []
-    for follower in range(1, num_followers + 1):
-        socket = open_socket(context, zmq.PAIR)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        endpoint = unix_endpoint(directory / f"plan-{generation}-{follower}.sock")
-        socket.bind(endpoint)
-        store.set(f"plan/{follower}", endpoint)
-        sockets.append(socket)
-    for follower, socket in enumerate(sockets, start=1):
-        if not socket.poll(int(timeout_s * 1000)):
-            raise RankTimeout(
-                f"follower {follower} of generation {generation} did not connect to "
-                f"its leader within {timeout_s:g} s",
-                generation=generation,
-            )
-        socket.recv()
+    sockets: list[zmq.Socket[bytes]] = []
+    try:
+        for follower in range(1, num_followers + 1):
+            socket = open_socket(context, zmq.PAIR)
+            sockets.append(socket)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            path = directory / f"plan-{generation}-{follower}.sock"
+            socket.bind(unix_endpoint(path))
+            store.set(f"plan/{follower}", unix_endpoint(path))
+        _await_followers(sockets, generation, store)
+    except BaseException:
+        for socket in sockets:
+            socket.close()
+        raise
     return sockets
 
 
-def follow(
-    context: zmq.Context[Any], rank: int, store: dist.Store
-) -> zmq.Socket[bytes]:
+def _await_followers(
+    sockets: list[zmq.Socket[bytes]], generation: int, store: Store
+) -> None:
+    """The store's wait can be called off, a socket's cannot: first one, then the
+    other, for a message that was sent already."""
+    store.wait([f"plan/{follower}/sent" for follower in range(1, len(sockets) + 1)])
+    for follower, socket in enumerate(sockets, start=1):
+        if not socket.poll(int(CONNECT_TIMEOUT_S * 1000)):
+            raise RankTimeout(
+                f"follower {follower} of generation {generation} did not connect to "
+                f"its leader within {CONNECT_TIMEOUT_S:g} s",
+                generation=generation,
+            )
+        socket.recv()
+
+
+def follow(context: zmq.Context[Any], rank: int, store: Store) -> zmq.Socket[bytes]:
     """The socket this follower takes its plans from; blocks on the store's time-out."""
+    endpoint = store.get(f"plan/{rank}").decode()
     socket = open_socket(context, zmq.PAIR)
     socket.setsockopt(zmq.RCVHWM, 0)
-    socket.connect(store.get(f"plan/{rank}").decode())
+    socket.connect(endpoint)
     socket.send(b"here")
+    store.set(f"plan/{rank}/sent", b"1")
     return socket

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from torch.distributed import Store
 from vllm.config import VllmConfig
 
 from vllm_resident import messages
@@ -30,7 +29,7 @@ from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.engine import Engine, PhaseClock, configure
 from vllm_resident.rank.requests import Requests
-from vllm_resident.rank.world import World
+from vllm_resident.rank.world import Store, World
 
 log = logging.getLogger("vllm_resident.rank")
 
@@ -56,8 +55,13 @@ class RankLoop:
     """Runs until told to exit; `run` returns the process's exit status."""
 
     def __init__(
-        self, rank: int, device: Device, store: Store, control: Control,
-        directory: Path, owner: str,
+        self,
+        rank: int,
+        device: Device,
+        store: Store,
+        control: Control,
+        directory: Path,
+        owner: str,
     ) -> None:
         self._rank = rank
         self._device = device
@@ -80,7 +84,7 @@ class RankLoop:
             if not busy and not commands:
                 self._poller.poll(self._patience_ms())
             for command in commands:
-                self._handle(command)
+                self._survive(command)
         for hosted in list(self._hosted.values()):
             self._release(hosted)
         return self._status
@@ -93,15 +97,21 @@ class RankLoop:
 
     # ------------------------------------------------------------------ commands
 
+    def _survive(self, command: messages.ToRankMessage) -> None:
+        """Handle a command; an error nobody foresaw ends its engine, not the rank."""
+        try:
+            self._handle(command)
+        except Exception as error:
+            log.exception("event=command_failed command=%s", type(command).__name__)
+            hosted = self._hosted.get(getattr(command, "generation", -1))
+            if hosted is not None:
+                hosted.failed = True
+                self._fail(hosted.generation, error, "step")
+
     def _handle(self, command: messages.ToRankMessage) -> None:
         match command:
             case messages.Welcome(session=session):
-                if self._session not in ("", session):
-                    # Another controller's life: what this rank holds is not in it.
-                    for hosted in list(self._hosted.values()):
-                        self._release(hosted)
-                self._session = session
-                log.info("event=welcome rank=%d session=%s", self._rank, session)
+                self._join(session)
             case messages.ExitRank(reason=reason, failed=failed):
                 log.info("event=exit rank=%d reason=%r", self._rank, reason)
                 self._status = int(failed)
@@ -117,6 +127,15 @@ class RankLoop:
                 self._add(command)
             case messages.AbortRequest():
                 self._abort(command)
+
+    def _join(self, session: str) -> None:
+        """Belong to this life of the controller; what an earlier one had built here is
+        not in its books and goes."""
+        if self._session not in ("", session):
+            for hosted in list(self._hosted.values()):
+                self._release(hosted)
+        self._session = session
+        log.info("event=welcome rank=%d session=%s", self._rank, session)
 
     def _prepare(self, command: messages.PrepareEngine) -> None:
         since = time.monotonic()
@@ -180,9 +199,8 @@ class RankLoop:
             store=self._store,
             backend=self._device.backend,
             timeout_s=timeout_s,
-            cancelled=lambda: self._control.is_dropped(generation),
+            on_start=lambda world: self._control.watch_world(generation, world),
         )
-        self._control.watch_world(generation, world)
         config, hosted.config = hosted.config, None
         assert config is not None
         hosted.engine = Engine.build(config, world, self._device, clock.start)
@@ -194,7 +212,6 @@ class RankLoop:
                 generation,
                 world.store,
                 world.size - 1,
-                timeout_s,
             )
             hosted.leader = lockstep.Leader(hosted.engine.core, hosted.lines)
             hosted.engine.llm.engine_core = hosted.leader
@@ -372,7 +389,8 @@ class RankLoop:
                 return False
             engine.world.enter()
             return hosted.follower.follow()
-        assert hosted.leader is not None and hosted.requests is not None
+        assert hosted.leader is not None
+        assert hosted.requests is not None
         if not engine.has_work and not hosted.leader.has_pending:
             return False
         outputs = engine.step()
@@ -386,15 +404,17 @@ class RankLoop:
 
     def _phase(self, generation: int, phase: str) -> None:
         self._control.send(
-            messages.PhaseStarted(
-                rank=self._rank, generation=generation, phase=phase
-            )
+            messages.PhaseStarted(rank=self._rank, generation=generation, phase=phase)
         )
 
     def _fail(self, generation: int, error: Exception, phase: str) -> None:
-        kind = type(error).__name__ if isinstance(error, ResidentError) else "RankFailure"
-        text = str(error) if isinstance(error, ResidentError) else (
-            f"{type(error).__name__}: {error}"
+        kind = (
+            type(error).__name__ if isinstance(error, ResidentError) else "RankFailure"
+        )
+        text = (
+            str(error)
+            if isinstance(error, ResidentError)
+            else (f"{type(error).__name__}: {error}")
         )
         self._control.send(
             messages.EngineFailed(

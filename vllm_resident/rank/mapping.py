@@ -49,14 +49,17 @@ def release_shared(token: str) -> int:
     ]
     replaced = 0
     for start, end in _shared_ranges(token):
-        if libc.mmap(
-            start,
-            end - start,
-            _PROT_READ_WRITE,
-            _MAP_PRIVATE_FIXED_ANONYMOUS_NORESERVE,
-            -1,
-            0,
-        ) != start:
+        if (
+            libc.mmap(
+                start,
+                end - start,
+                _PROT_READ_WRITE,
+                _MAP_PRIVATE_FIXED_ANONYMOUS_NORESERVE,
+                -1,
+                0,
+            )
+            != start
+        ):
             error = ctypes.get_errno()
             raise OSError(error, f"replacing a mapping: {os.strerror(error)}")
         replaced += end - start

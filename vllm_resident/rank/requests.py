@@ -122,7 +122,8 @@ class Requests:
         values = given or self._llm.model_config.get_diff_sampling_param()
         try:
             params: SamplingParams = msgspec.convert(values, SamplingParams)
-        except (msgspec.ValidationError, ValueError, TypeError) as error:
+        # vLLM refuses values by errors of its own, not all of them ValueErrors.
+        except Exception as error:
             raise CommandRejected(f"sampling parameters: {error}") from error
         params.output_kind = (
             RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY

@@ -19,9 +19,8 @@ from vllm_resident.messages import Completion
 from vllm_resident.rank import device as devices
 
 if TYPE_CHECKING:
-    import torch.distributed
-
     from vllm_resident.rank.engine import Engine
+    from vllm_resident.rank.world import Store
 
 # A collective stuck for longer means a rank has left the script.
 WORLD_TIMEOUT_S = 600.0
@@ -64,7 +63,9 @@ class SpmdEngine:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         number = self._num_calls
         self._num_calls += 1
-        self._requests.add(number, texts, {**(sampling_params or {}), **sampling}, False)
+        self._requests.add(
+            number, texts, {**(sampling_params or {}), **sampling}, False
+        )
         completions: list[Completion] = []
         while self._engine.has_work or self._leader.has_pending:
             for _, fresh, _ in self._requests.collect(self._engine.step()):
@@ -87,7 +88,9 @@ def engine(
     store, device, owner, rank, world_size = _process()
     members = list(ranks) if ranks is not None else list(range(world_size))
     if rank not in members or len(set(members)) != len(members):
-        raise CommandRejected(f"rank {rank} cannot build an engine over ranks {members}")
+        raise CommandRejected(
+            f"rank {rank} cannot build an engine over ranks {members}"
+        )
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     if not any(size in engine_args for size in sizes):
         engine_args["tensor_parallel_size"] = len(members)
@@ -114,7 +117,7 @@ def engine(
         backend=device.backend,
         timeout_s=WORLD_TIMEOUT_S,
     )
-    built = Engine.build(config, world, device, on_phase=lambda phase: None)
+    built = Engine.build(config, world, device, on_phase=lambda _: None)
     try:
         yield SpmdEngine(built, members)
     finally:
@@ -122,7 +125,7 @@ def engine(
 
 
 @cache
-def _process() -> tuple[torch.distributed.Store, devices.Device, str, int, int]:
+def _process() -> tuple[Store, devices.Device, str, int, int]:
     """Prepare this process once: (store, device, owner token, rank, world size).
 
     RANK and WORLD_SIZE are read here, before a world puts its own numbers there.

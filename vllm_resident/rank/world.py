@@ -14,29 +14,25 @@ import os
 import random
 import re
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 from torch.distributed import distributed_c10d as c10d
 from vllm.distributed import parallel_state
 
-from vllm_resident.errors import RankFailure, RankTimeout
+from vllm_resident.errors import RankTimeout
 from vllm_resident.rank import mapping
+from vllm_resident.rank.store import CancellableStore
 
-_MEET_POLL_S = 0.005
 # Groups one world may create before its names could meet another world's.
 _NAMES_PER_WORLD = 1 << 12
-
-
-class WorldCancelled(RankFailure):
-    """Forming was called off by the controller."""
 
 
 class _PrivateWorld(c10d._World):
@@ -124,12 +120,12 @@ _HOLDERS = [
 
 
 def _rng_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
 
 
 def _set_rng_states(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(states[0])
-    numpy.random.set_state(states[1])
+    np.random.set_state(states[1])
     random.setstate(states[2])
 
 
@@ -143,9 +139,16 @@ class World:
     _entered: World | None = None
 
     def __init__(
-        self, identity: str, rank: int, size: int, local_rank: int, owner: str
+        self,
+        identity: str,
+        rank: int,
+        size: int,
+        local_rank: int,
+        owner: str,
+        store: CancellableStore,
     ) -> None:
         self.identity = identity
+        self.store = store
         self.segment_token = owner + re.sub(r"[^A-Za-z0-9.-]", "-", identity)
         self.rank = rank
         self.size = size
@@ -172,23 +175,25 @@ class World:
         size: int,
         local_rank: int,
         owner: str,
-        store: dist.Store,
+        store: Store,
         backend: str,
         timeout_s: float,
-        cancelled: Callable[[], bool] = lambda: False,
+        on_start: Callable[[World], None] = lambda _: None,
     ) -> World:
         """Form the world together with its other `size - 1` ranks; blocks.
 
         `identity` must be new and the same on all of them; it prefixes the store's keys
         and seeds the groups' names. `owner` is this machine's `shm.owner_token`; with
-        the identity it names the world's shared memory. `timeout_s` bounds the meeting and every collective
-        of the world's life. Raises `RankTimeout` naming the ranks that did not come,
-        `WorldCancelled` when `cancelled()` turns true; either way nothing is left.
-        The world is entered when this returns.
+        the identity it names the world's shared memory. `timeout_s` bounds the meeting
+        and every collective of the world's life. `on_start` is given the world before
+        the first wait, so that another thread can `abort` it. Raises `RankTimeout` naming the ranks that
+        did not come, `StoreCancelled` when aborted; either way nothing is left. The
+        world is entered when this returns.
         """
-        world = cls(identity, rank, size, local_rank, owner)
-        world.store = dist.PrefixStore(identity, store)
-        world._meet(world.store, timeout_s, cancelled)
+        cancellable = CancellableStore(store, identity, timeout_s)
+        world = cls(identity, rank, size, local_rank, owner, cancellable)
+        on_start(world)
+        world._meet(timeout_s)
         world.enter()
         hook = sys.excepthook
         try:
@@ -208,26 +213,18 @@ class World:
             sys.excepthook = hook
         return world
 
-    def _meet(
-        self, store: dist.Store, timeout_s: float, cancelled: Callable[[], bool]
-    ) -> None:
-        """Wait until every rank is about to form the world.
-
-        c10d's own rendezvous blocks inside C++ and cannot be called off; here it can.
-        """
-        deadline = time.monotonic() + timeout_s
+    def _meet(self, timeout_s: float) -> None:
+        """Wait until every rank is about to form the world, and say which is not."""
         keys = [f"meet/{rank}" for rank in range(self.size)]
-        store.set(keys[self.rank], b"1")
-        while not store.check(keys):
-            if cancelled():
-                raise WorldCancelled(f"forming world {self.identity} was called off")
-            if time.monotonic() > deadline:
-                absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-                raise RankTimeout(
-                    f"ranks {absent} of world {self.identity} did not come to form it "
-                    f"within {timeout_s:g} s"
-                )
-            time.sleep(_MEET_POLL_S)
+        self.store.set(keys[self.rank], b"1")
+        try:
+            self.store.wait(keys, timedelta(seconds=timeout_s))
+        except dist.DistStoreError as error:
+            absent = [r for r, key in enumerate(keys) if not self.store.check([key])]
+            raise RankTimeout(
+                f"ranks {absent} of world {self.identity} did not come to form it "
+                f"within {timeout_s:g} s"
+            ) from error
 
     def enter(self) -> None:
         """Make this the process's distributed state; free if it is already."""
@@ -254,8 +251,10 @@ class World:
         World._entered = None
 
     def abort(self) -> None:
-        """Make collectives in flight fail, from any thread; the world must be closed
-        afterwards. Spinning shared-memory collectives of the CPU do not notice."""
+        """Make waits and collectives in flight fail, from any thread; the world must
+        be closed afterwards. Spinning shared-memory collectives of the CPU do not
+        notice."""
+        self.store.cancel()
         for group in list(self._c10d.pg_map):
             with suppress(RuntimeError):
                 group.abort()
