@@ -36,6 +36,7 @@ from examples.checkpoints import REPO_ROOT, cache_folder
 from vllm_resident import (
     Client,
     CommandRejected,
+    Completion,
     EngineSpec,
     PoolStatus,
     ResidentError,
@@ -63,7 +64,7 @@ PROMPTS = {
     "tiny": ["hello world"],
     "wide": ["hello world"],
 }
-SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "stop": ["\n"]}
 
 
 class DemoFailed(Exception):
@@ -266,10 +267,9 @@ def generate(
         prompts = PROMPTS[engine.name]
         completions = client.generate(engine.name, prompts, SAMPLING)
         for prompt, completion in zip(prompts, completions, strict=True):
-            # The tiny models' weights are random, and so is what they say.
-            text = completion.text if engine.name == "chat" else repr(completion.text)
             console.print(
-                f"  [cyan]{engine.name}[/] {escape(prompt)}[bold]{escape(text)}[/]",
+                f"  [cyan]{engine.name}[/] {escape(prompt)}"
+                f"[bold]{escape(readable(engine.name, completion))}[/]",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -282,6 +282,14 @@ def generate(
                     "token_ids": completion.token_ids,
                 }
             )
+
+
+def readable(engine: str, completion: Completion) -> str:
+    """Its text; of a tiny model, whose weights are random, rather the token ids."""
+    if engine == "chat":
+        return completion.text
+    ids = completion.token_ids
+    return f" -> tokens {join(ids[:10])} ... ({len(ids)}, of random weights)"
 
 
 def phases_of(report: SwitchReport) -> dict[str, float]:

@@ -161,7 +161,8 @@ def check_bindable(endpoint: str) -> None:
             f"endpoint {endpoint!r}: use ipc:///path/to.sock or tcp://127.0.0.1:PORT"
         )
     host = match.group(1)
-    if host not in ("127.0.0.1", "localhost", "[::1]") and not host.startswith("127."):
+    is_loopback = re.fullmatch(r"localhost|\[::1\]|127(\.\d{1,3}){3}", host)
+    if not is_loopback:
         raise CommandRejected(
             f"endpoint {endpoint!r} listens beyond this machine; only loopback "
             "addresses and unix sockets are supported without keys"

@@ -691,7 +691,7 @@ def test_engines_of_a_running_apply_are_not_touched_by_others():
     before = harness.snapshot()
     for attempt in (
         lambda: harness.unload("a"),
-        lambda: harness.apply(),
+        harness.apply,
         lambda: harness.load(spec("c", [1])),
         lambda: harness.load(spec("b", [2])),
     ):

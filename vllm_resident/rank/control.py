@@ -106,6 +106,14 @@ class Control(threading.Thread):
         """Queue `message` for the controller; any thread, never blocks."""
         self._outbox.put(message)
 
+    def send_first(self, message: FromRank) -> None:
+        """Send `message` and wait until it is on its way, so that what this thread does
+        next cannot be heard of before it."""
+        sent = threading.Event()
+        self._outbox.put(message)
+        self._outbox.put(sent)
+        sent.wait(HEARTBEAT_S)
+
     def is_dropped(self, generation: int) -> bool:
         """Whether the controller gave the generation up; any thread."""
         return generation in self._dropped
@@ -146,8 +154,11 @@ class Control(threading.Thread):
             events = dict(
                 poller.poll(max(0, int(1000 * (next_beat - time.monotonic()))))
             )
-            for message in self._outbox.take_all():
-                self._post(socket, message)
+            for item in self._outbox.take_all():
+                if isinstance(item, threading.Event):
+                    item.set()
+                else:
+                    self._post(socket, item)
             if socket in events:
                 heard = time.monotonic()
                 self._receive(socket)

@@ -115,29 +115,23 @@ class Engine:
     ) -> Engine:
         """Build the engine collectively with the world's other ranks; blocks.
 
-        `on_phase(name)` is called as each phase begins. On any error everything of the
-        engine on this rank is given back, the world included, and the error goes on.
+        `on_phase(name)` is called as each phase begins. An error leaves a half-built
+        engine behind: give it to `abandon`.
         """
         world.enter()
-        try:
-            on_phase("tokenizer")
-            llm = LLMEngine(
-                config,
-                partial(ResidentExecutor, world=world, on_phase=on_phase),
-                log_stats=False,
-                usage_context=UsageContext.LLM_CLASS,
-            )
-            # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
-            llm.engine_core._finalizer.detach()
-            # Every rank has mapped the world's segments by now; without names a killed
-            # pool leaves none behind.
-            world.barrier()
-            mapping.unlink_shared(world.segment_token)
-        except BaseException as error:
-            _clear_frames(error)
-            world.close()
-            _collect(device)
-            raise
+        on_phase("tokenizer")
+        llm = LLMEngine(
+            config,
+            partial(ResidentExecutor, world=world, on_phase=on_phase),
+            log_stats=False,
+            usage_context=UsageContext.LLM_CLASS,
+        )
+        # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
+        llm.engine_core._finalizer.detach()
+        # Every rank has mapped the world's segments by now; without names a killed
+        # pool leaves none behind.
+        world.barrier()
+        mapping.unlink_shared(world.segment_token)
         return cls(llm, world, device)
 
     @property
@@ -185,11 +179,16 @@ class Engine:
             )
 
 
-def _clear_frames(error: BaseException | None) -> None:
-    """Drop the locals of the error's frames: they hold the half-built engine."""
+def abandon(error: BaseException | None, world: World, device: Device) -> None:
+    """Give back what a build that ended in `error` left: the half-built engine, which
+    only the locals of the error's frames still hold, and the world."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+    world.close()
+    envs.disable_envs_cache()
+    torch.set_num_threads = _SET_NUM_THREADS
+    _collect(device)
 
 
 def _collect(device: Device) -> None:

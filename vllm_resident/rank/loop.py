@@ -27,7 +27,7 @@ from vllm_resident.errors import (
 from vllm_resident.rank import faults, lockstep
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device
-from vllm_resident.rank.engine import Engine, PhaseClock, configure
+from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
 from vllm_resident.rank.requests import Requests
 from vllm_resident.rank.world import Store, World
 
@@ -42,6 +42,7 @@ class Hosted:
     name: str
     ranks: list[int]
     config: VllmConfig | None = None
+    world: World | None = None
     engine: Engine | None = None
     leader: lockstep.Leader | None = None
     follower: lockstep.Follower | None = None
@@ -173,8 +174,12 @@ class RankLoop:
         # build, not this process.
         except Exception as error:
             log.exception("event=build_failed generation=%d", generation)
-            self._release(hosted)
+            # First the word, then the close: the others' collectives fail at it, and
+            # the cause should be heard before its consequences.
             self._fail(generation, error, clock.current)
+            if hosted.world is not None and hosted.engine is None:
+                abandon(error, hosted.world, self._device)
+            self._release(hosted)
             return
         clock.stop()
         self._control.send(
@@ -201,6 +206,7 @@ class RankLoop:
             timeout_s=timeout_s,
             on_start=lambda world: self._control.watch_world(generation, world),
         )
+        hosted.world = world
         config, hosted.config = hosted.config, None
         assert config is not None
         hosted.engine = Engine.build(config, world, self._device, clock.start)
@@ -291,6 +297,7 @@ class RankLoop:
         for line in hosted.lines:
             line.close()
         engine, hosted.engine = hosted.engine, None
+        hosted.world = None
         hosted.leader = hosted.follower = hosted.requests = None
         try:
             if engine is not None:
@@ -416,7 +423,7 @@ class RankLoop:
             if isinstance(error, ResidentError)
             else (f"{type(error).__name__}: {error}")
         )
-        self._control.send(
+        self._control.send_first(
             messages.EngineFailed(
                 rank=self._rank,
                 generation=generation,

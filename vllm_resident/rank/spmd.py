@@ -95,7 +95,7 @@ def engine(
     if not any(size in engine_args for size in sizes):
         engine_args["tensor_parallel_size"] = len(members)
 
-    from vllm_resident.rank.engine import Engine, configure
+    from vllm_resident.rank.engine import Engine, abandon, configure
     from vllm_resident.rank.world import World
 
     config = configure(model, engine_args)
@@ -117,7 +117,11 @@ def engine(
         backend=device.backend,
         timeout_s=WORLD_TIMEOUT_S,
     )
-    built = Engine.build(config, world, device, on_phase=lambda _: None)
+    try:
+        built = Engine.build(config, world, device, on_phase=lambda _: None)
+    except BaseException as error:
+        abandon(error, world, device)
+        raise
     try:
         yield SpmdEngine(built, members)
     finally:

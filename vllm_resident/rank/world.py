@@ -186,9 +186,9 @@ class World:
         and seeds the groups' names. `owner` is this machine's `shm.owner_token`; with
         the identity it names the world's shared memory. `timeout_s` bounds the meeting
         and every collective of the world's life. `on_start` is given the world before
-        the first wait, so that another thread can `abort` it. Raises `RankTimeout` naming the ranks that
-        did not come, `StoreCancelled` when aborted; either way nothing is left. The
-        world is entered when this returns.
+        the first wait, so that another thread can `abort` it. Raises `RankTimeout`
+        naming the ranks that did not come, `StoreCancelled` when aborted; either way
+        nothing is left. The world is entered when this returns.
         """
         cancellable = CancellableStore(store, identity, timeout_s)
         world = cls(identity, rank, size, local_rank, owner, cancellable)

@@ -1,0 +1,239 @@
+"""Simulates one rank: speaks its side of the protocol, holds no model.
+
+Run as `python -m tests.process.simulated_rank`, a process of its own, so that it can be
+killed. What it does is in the engine's `engine_args`, under names that vLLM's real
+ones do not have:
+
+    fail       "prepare" | "build" | "close": the rank `fail_rank` answers EngineFailed
+    hang       "build" | "close" | "drop": the rank `fail_rank` does not answer
+
+It generates `max_tokens` pieces of text "x", one each `piece_s` seconds (both from the
+sampling parameters). Every message it receives becomes a line of JSON in `--record`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket as network
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import zmq
+
+from vllm_resident.errors import ErrorInfo
+from vllm_resident.messages import (
+    PROTOCOL_VERSION,
+    AbortRequest,
+    AddRequest,
+    BuildEngine,
+    CloseEngine,
+    Completion,
+    DropEngine,
+    EngineBuilt,
+    EngineClosed,
+    EngineFailed,
+    EnginePrepared,
+    ExitRank,
+    FromRank,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    HelloAgain,
+    PhaseStarted,
+    PrepareEngine,
+    RankGauges,
+    RequestOutput,
+    RequestsAccepted,
+    ToRankMessage,
+)
+from vllm_resident.transport import Decoder, encode, host_id, open_socket
+
+GAUGES = RankGauges(1, 2, 3, 4, 5)
+HEARTBEAT_S = 0.5
+ENGINE_ARGS = ["tensor_parallel_size", "max_model_len", "fail", "hang", "fail_rank"]
+
+
+@dataclass
+class Running:
+    """A request it generates for."""
+
+    message: AddRequest
+    next_piece: float
+    num_pieces: int = 0
+
+    @property
+    def piece_s(self) -> float:
+        return float(self.message.sampling_params.get("piece_s", 0.0))
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self.message.sampling_params.get("max_tokens", 3))
+
+
+@dataclass
+class SimulatedRank:
+    options: argparse.Namespace
+    engines: dict[int, PrepareEngine] = field(default_factory=dict)
+    requests: dict[int, Running] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.socket = open_socket(self.context, zmq.DEALER)
+        self.socket.setsockopt(zmq.IDENTITY, b"rank-%d" % self.options.rank)
+        self.socket.connect(self.options.endpoint)
+        self.decoder: Decoder[ToRankMessage] = Decoder(ToRankMessage)
+
+    def run(self) -> None:
+        self.say(self.hello())
+        next_heartbeat = 0.0
+        while os.getppid() == self.options.parent:
+            now = time.monotonic()
+            if now >= next_heartbeat:
+                next_heartbeat = now + HEARTBEAT_S
+                beat = Heartbeat(
+                    rank=self.options.rank,
+                    incarnation=self.options.incarnation,
+                    gauges=GAUGES,
+                )
+                self.say(beat)
+            for running in list(self.requests.values()):
+                self.generate(running, now)
+            if self.socket.poll(10):
+                message = self.decoder.decode(self.socket.recv_multipart())
+                self.record(message)
+                self.handle(message)
+
+    def hello(self) -> Hello:
+        return Hello(
+            rank=self.options.rank,
+            protocol_version=self.options.protocol_version,
+            world_size=self.options.world_size,
+            local_rank=self.options.rank,
+            host=network.gethostname(),
+            host_id=self.options.host_id,
+            pid=os.getpid(),
+            incarnation=self.options.incarnation,
+            device="simulated",
+            gauges=GAUGES,
+            vllm_version="none",
+            torch_version="none",
+            engine_arg_names=ENGINE_ARGS,
+            generations=sorted(self.engines),
+        )
+
+    def say(self, message: FromRank) -> None:
+        self.socket.send_multipart(encode(message))
+
+    def record(self, message: ToRankMessage) -> None:
+        if isinstance(message, HeartbeatAck):
+            return
+        line = {"message": type(message).__name__, **msgspec.to_builtins(message)}
+        with open(self.options.record, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def handle(self, message: ToRankMessage) -> None:
+        match message:
+            case HelloAgain():
+                self.say(self.hello())
+            case ExitRank():
+                sys.exit(int(message.failed))
+            case PrepareEngine():
+                self.engines[message.generation] = message
+                self.answer("prepare", message.generation)
+            case BuildEngine():
+                self.answer("build", message.generation)
+            case CloseEngine():
+                self.answer("close", message.generation)
+            case DropEngine():
+                self.answer("drop", message.generation)
+            case AddRequest():
+                self.say(
+                    RequestsAccepted(
+                        rank=self.options.rank,
+                        generation=message.generation,
+                        request=message.request,
+                    )
+                )
+                self.requests[message.request] = Running(message, time.monotonic())
+            case AbortRequest():
+                if running := self.requests.pop(message.request, None):
+                    self.output(running, "abort")
+
+    def answer(self, command: str, generation: int) -> None:
+        engine = self.engines.get(generation)
+        args = engine.engine_args if engine else {}
+        is_faulty = args.get("fail_rank") == self.options.rank
+        if is_faulty and args.get("hang") == command:
+            return
+        rank = self.options.rank
+        self.say(PhaseStarted(rank=rank, generation=generation, phase=command))
+        if is_faulty and args.get("fail") == command:
+            kind = "CommandRejected" if command == "prepare" else "RankFailure"
+            error = ErrorInfo(kind, f"{command} fails, as asked", phase=command)
+            self.say(EngineFailed(rank=rank, generation=generation, error=error))
+            return
+        if command == "prepare":
+            self.say(EnginePrepared(rank=rank, generation=generation, seconds=0.0))
+            return
+        done = EngineBuilt if command == "build" else EngineClosed
+        self.say(
+            done(
+                rank=rank,
+                generation=generation,
+                phases={command: 0.0},
+                memory_before_bytes=1,
+                memory_after_bytes=2,
+            )
+        )
+        if command in ("close", "drop"):
+            self.engines.pop(generation, None)
+
+    def generate(self, running: Running, now: float) -> None:
+        if now < running.next_piece:
+            return
+        running.next_piece = now + running.piece_s
+        running.num_pieces += 1
+        is_last = running.num_pieces == running.max_tokens
+        if is_last:
+            del self.requests[running.message.request]
+        if is_last or running.message.stream:
+            self.output(running, "length" if is_last else None)
+
+    def output(self, running: Running, finish_reason: str | None) -> None:
+        message = running.message
+        number = 1 if message.stream else running.num_pieces
+        completions = [
+            Completion(prompt, 0, "x" * number, [1] * number, finish_reason)
+            for prompt in range(len(message.prompts))
+        ]
+        self.say(
+            RequestOutput(
+                rank=self.options.rank,
+                generation=message.generation,
+                request=message.request,
+                completions=completions,
+                done=finish_reason is not None,
+            )
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--record", required=True)
+    parser.add_argument("--incarnation", type=int, default=0)
+    parser.add_argument("--protocol-version", type=int, default=PROTOCOL_VERSION)
+    parser.add_argument("--host-id", default=host_id())
+    parser.add_argument("--parent", type=int, required=True)
+    SimulatedRank(parser.parse_args()).run()
+
+
+if __name__ == "__main__":
+    main()
