@@ -54,6 +54,21 @@ TINY: dict[str, tuple[str, str, dict[str, Any], int]] = {
         5,
     ),
 }
+# Not for comparing outputs but for timing: steps long enough to mean something, at
+# TP=2 too, which SmolLM2's nine heads rule out.
+TINY["llama-42m"] = (
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    {
+        **_GQA,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    6,
+)
 SMOLLM2 = "smollm2"
 NAMES = (*TINY, SMOLLM2)
 

@@ -199,22 +199,17 @@ def run(console: Console) -> Record:
 def pool(console: Console) -> Iterator[Client]:
     """A pool of this demo's own, ended with the block: in order, or, where that was
     left by an error, at once. A second Ctrl-C kills it."""
-    started = launch_when_free(console)
-    try:
-        with Client(started.endpoint) as client:
+    with launch_when_free(console) as started, Client(started.endpoint) as client:
+        try:
             wait_ready(started, client, console)
             yield client
-            with PhaseDisplay(console) as phases:
-                phases.phase_started("pool", "shutting down", 0.0)
-                client.shutdown()
-                started.wait_end()
-    except BaseException:
-        try:
+        except BaseException:
             console.print("ending the pool")
-            started.terminate()
-        finally:
-            started.kill()
-        raise
+            raise
+        with PhaseDisplay(console) as phases:
+            phases.phase_started("pool", "shutting down", 0.0)
+            client.shutdown()
+            started.wait_end()
 
 
 def launch_when_free(console: Console) -> Launch:

@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import psutil  # type: ignore[import-untyped]
 
@@ -38,7 +40,7 @@ class Launch:
     """A torchrun process and its ranks.
 
     `process` is the torchrun agent; `log` holds what it and the ranks print outside of
-    the ranks' own logs.
+    the ranks' own logs. As a context manager it leaves no process behind.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Launch:
         self,
         client: Client,
         timeout_s: float,
-        on_status: Callable[[PoolStatus], None],
+        on_status: Callable[[PoolStatus], None] | None = None,
     ) -> PoolStatus:
         """Wait until every rank has reported. `on_status` sees them arrive, in the
         caller's thread.
@@ -67,7 +69,8 @@ class Launch:
             if somebody_listens(self.endpoint):
                 with contextlib.suppress(PoolUnreachable):
                     status = client.status()
-                    on_status(status)
+                    if on_status is not None:
+                        on_status(status)
                     if status.phase == "ready":
                         return status
                     ready = sum(rank.phase == "ready" for rank in status.ranks)
@@ -107,6 +110,20 @@ class Launch:
     def kill(self) -> None:
         """End every process of the pool at once; no-op if there are none left."""
         _kill(self._family())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.terminate()
+        finally:
+            self.kill()
 
     def _family(self) -> list[psutil.Process]:
         """torchrun and all below it, the parents first."""

@@ -1090,6 +1090,15 @@ def test_shutdown_waits_for_the_ranks():
     assert harness.effects[-1] == StopController(0)
 
 
+def test_a_long_shutdown_shows_that_the_controller_lives():
+    harness = Harness(2)
+    harness.client(ShutdownPool(call=50, timeout_s=30))
+    harness.tick(2)
+    assert [type(m) for m in harness.to_clients()] == [Progress]
+    harness.tick(0.2)
+    assert harness.to_clients() == []
+
+
 def test_shutdown_does_not_wait_for_ever():
     harness = Harness(2)
     harness.client(ShutdownPool(call=50, timeout_s=5))

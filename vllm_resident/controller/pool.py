@@ -10,6 +10,7 @@ from vllm_resident.controller import engines, ranks, reports, requests, switches
 from vllm_resident.controller.effects import Effect, Note, StopController
 from vllm_resident.controller.state import (
     ENGINE_GONE,
+    PROGRESS_INTERVAL_S,
     Engine,
     PoolState,
     Rank,
@@ -41,6 +42,7 @@ from vllm_resident.messages import (
     LoadEngine,
     PhaseStarted,
     PoolStopped,
+    Progress,
     RankMessage,
     RequestFailed,
     RequestOutput,
@@ -261,7 +263,12 @@ class Pool:
         if state.stop is not None:
             state.stop.deadline = min(state.stop.deadline, now + timeout_s)
             return
-        state.stop = Stop(deadline=now + timeout_s, timeout_s=timeout_s)
+        state.stop = Stop(
+            started=now,
+            deadline=now + timeout_s,
+            timeout_s=timeout_s,
+            next_progress=now + PROGRESS_INTERVAL_S,
+        )
         error = CommandRejected(f"pool {state.name!r} is stopping").to_info()
         for request in list(state.requests.values()):
             requests.fail(state, request, error)
@@ -290,7 +297,10 @@ class Pool:
     def _finish_stop(self, stop: Stop, now: float) -> None:
         state = self.state
         left = [r for r in state.ranks.values() if state.is_attached(r.rank)]
-        if stop.is_over or (left and now < stop.deadline):
+        if stop.is_over:
+            return
+        if left and now < stop.deadline:
+            self._report_stop(stop, now)
             return
         stop.is_over = True
         for client, call in stop.callers:
@@ -300,6 +310,16 @@ class Pool:
             else:
                 state.send_to_client(client, PoolStopped(call=call))
         state.effects.append(StopController(0))
+
+    def _report_stop(self, stop: Stop, now: float) -> None:
+        """Show who waits for the stop that the controller is still there."""
+        if now < stop.next_progress:
+            return
+        stop.next_progress = now + PROGRESS_INTERVAL_S
+        for client, call in stop.callers:
+            elapsed_s = now - stop.started
+            progress = Progress(call=call, engine="", phase="stop", elapsed_s=elapsed_s)
+            self.state.send_to_client(client, progress)
 
     def _take(self) -> list[Effect]:
         effects, self.state.effects = self.state.effects, []

@@ -25,7 +25,6 @@ from vllm_resident.messages import (
     RequestOutput,
 )
 
-PROGRESS_INTERVAL_S = 1.0
 _SERVING = (EnginePhase.READY, EnginePhase.CLOSING)
 
 

@@ -201,12 +201,18 @@ class Switch:
     reports: list[EngineReport] = field(default_factory=list)
 
 
+# A caller that hears nothing for some of these gives the controller up.
+PROGRESS_INTERVAL_S = 1.0
+
+
 @dataclass
 class Stop:
     """The pool is stopping: who waits for it, and until when."""
 
+    started: float
     deadline: float
     timeout_s: float
+    next_progress: float
     callers: list[tuple[bytes, int]] = field(default_factory=list)
     is_over: bool = False
 

@@ -15,6 +15,7 @@ from vllm_resident.controller import engines, planner, reports
 from vllm_resident.controller.planner import Placement, RankView
 from vllm_resident.controller.state import (
     ENGINE_GONE,
+    PROGRESS_INTERVAL_S,
     Engine,
     EnginePhase,
     PoolState,
@@ -36,7 +37,6 @@ from vllm_resident.messages import (
     UnloadEngine,
 )
 
-PROGRESS_INTERVAL_S = 1.0
 _STEADY = (EnginePhase.READY, EnginePhase.LOST)
 _DOING = {
     EnginePhase.PREPARING: "loading",

@@ -1,0 +1,119 @@
+"""The command line over real pools: vLLM, torchrun, an embedded controller."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e.shell import Running, Shell, make_models, segments_of, shell
+
+pytestmark = pytest.mark.timeout(400)
+
+LAYOUT = "examples/layout.toml"
+VLLM = ("--dtype=float32", "--enforce-eager", "--max-model-len", "256")
+VLLM_TP2 = (*VLLM, "--tensor-parallel-size", "2", "--kv-cache-memory-bytes", "67108864")
+GREEDY = ("--temperature", "0", "--max-tokens", "8")
+
+
+@pytest.fixture
+def user() -> Iterator[Shell]:
+    with shell() as its:
+        yield its
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, str]:
+    return make_models()
+
+
+def asked(user: Shell, *words: str) -> dict[str, Any]:
+    """One command's document."""
+    done = user.run("vllm-resident", *words, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def test_a_pool_from_start_to_end(user: Shell, models: dict[str, str]) -> None:
+    up = asked(user, "up", "--detach", "--nproc-per-node", "2")
+    assert [rank["phase"] for rank in up["status"]["ranks"]] == ["ready", "ready"]
+    pids = [rank["pid"] for rank in up["status"]["ranks"]]
+
+    loaded = asked(user, "load", "both", models["llama"], *VLLM_TP2)
+    assert loaded["engines"][0]["ranks"] == [0, 1]
+    [said] = asked(user, "generate", "both", "hello", *GREEDY)["completions"]
+    assert len(said["token_ids"]) == 8
+    applied = asked(user, "apply", LAYOUT)
+    assert {(e["action"], e["name"]) for e in applied["engines"]} == {
+        ("unload", "both"),
+        ("load", "chat"),
+        ("load", "tiny"),
+    }
+    assert asked(user, "apply", LAYOUT)["kept"] == ["chat", "tiny"]
+    text = user.run("vllm-resident", "generate", "chat", "The capital of France is",
+                    *GREEDY)  # fmt: skip
+    assert text.stdout.startswith(" Paris")
+    asked(user, "unload", "tiny")
+
+    status = asked(user, "status")
+    assert [rank["pid"] for rank in status["ranks"]] == pids
+    assert [(e["name"], e["phase"]) for e in status["engines"]] == [("chat", "ready")]
+    assert asked(user, "shutdown")["stopped"]
+    user.wait_until_empty()
+    assert segments_of(up["torchrun_pid"]) == []
+    assert user.run("vllm-resident", "status").returncode == 3
+
+
+def test_a_refused_command_is_a_document_too(user: Shell) -> None:
+    done = user.run("vllm-resident", "generate", "nobody", "hello", "--json")
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["error"]["kind"] == "PoolUnreachable"
+
+
+UP = ("vllm-resident", "up", "--nproc-per-node", "2", "--json")
+
+
+def launcher_of(up: Running) -> int:
+    """The pid of its torchrun, which `up` in the foreground says when it is ready."""
+    up.wait_for_output("torchrun_pid")
+    [line] = [row for row in up.output().splitlines() if row.startswith("{")]
+    pid: int = json.loads(line)["torchrun_pid"]
+    return pid
+
+
+def test_ctrl_c_leaves_nothing_of_a_pool_that_holds_an_engine(
+    user: Shell, models: dict[str, str]
+) -> None:
+    with user.started(*UP) as up:
+        launcher = launcher_of(up)
+        asked(user, "load", "both", models["llama"], *VLLM_TP2)
+        up.process.send_signal(signal.SIGINT)
+        assert up.wait(40) == 130
+        user.wait_until_empty(5)
+        assert segments_of(launcher) == []
+
+
+@pytest.mark.usefixtures("models")
+def test_kill_9_of_up_in_the_middle_of_a_load_takes_the_pool_along(
+    user: Shell,
+) -> None:
+    apply = ("vllm-resident", "apply", LAYOUT)
+    with user.started(*UP) as up:
+        launcher = launcher_of(up)
+        with user.started(*apply) as applying:
+            applying.wait_for_output("chat: prepare")
+            up.process.kill()
+            killed_at = time.monotonic()
+            assert applying.wait(60) in (1, 3)
+        user.wait_until_empty(15 - (time.monotonic() - killed_at))
+    assert segments_of(launcher) == []
+    again = asked(user, "up", "--detach", "--nproc-per-node", "2")
+    assert again["status"]["phase"] == "ready"
+    assert again["status"]["engines"] == []
+    asked(user, "shutdown")
+    user.wait_until_empty()
