@@ -1,4 +1,4 @@
-"""Commands as a user types them, from the repository's root, in a folder of their own."""
+"""Commands as a user types them, from the repository, in a folder of their own."""
 
 from __future__ import annotations
 

@@ -6,7 +6,13 @@ ignored quietly, because an abort and the last output may cross on the wire.
 
 from __future__ import annotations
 
-from vllm_resident.controller.state import Engine, EnginePhase, PoolState, Request
+from vllm_resident.controller.state import (
+    PROGRESS_INTERVAL_S,
+    Engine,
+    EnginePhase,
+    PoolState,
+    Request,
+)
 from vllm_resident.errors import (
     CommandRejected,
     ErrorInfo,
