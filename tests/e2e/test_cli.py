@@ -65,6 +65,7 @@ def test_a_pool_from_start_to_end(user: Shell, models: dict[str, str]) -> None:
     assert [(e["name"], e["phase"]) for e in status["engines"]] == [("chat", "ready")]
     assert asked(user, "shutdown")["stopped"]
     user.wait_until_empty()
+    assert user.sockets() == []
     assert segments_of(up["torchrun_pid"]) == []
     assert user.run("vllm-resident", "status").returncode == 3
 
@@ -95,6 +96,7 @@ def test_ctrl_c_leaves_nothing_of_a_pool_that_holds_an_engine(
         up.process.send_signal(signal.SIGINT)
         assert up.wait(40) == 130
         user.wait_until_empty(5)
+        assert user.sockets() == []
         assert segments_of(launcher) == []
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from examples.checkpoints import REPO_ROOT
 from examples.demo import RESULT
 from tests.e2e.shell import MODELS, Shell, make_models, shell
 
@@ -93,8 +94,27 @@ def test_the_client_of_a_pool_of_torchrun(user: Shell, models: dict[str, str]) -
         assert ANSWER in done.stdout
         assert "as a stream:  Paris." in done.stdout
         assert "refused, as it should be: engine name 'chat' is in use" in done.stdout
+        documented = user.run(sys.executable, "-c", blocks("README.md", "python")[0])
+        assert documented.returncode == 0, documented.stderr
+        assert documented.stdout.startswith("0 ")
         assert user.run("vllm-resident", "shutdown").returncode == 0
         assert torchrun.wait(30) == 0
+
+
+@pytest.mark.usefixtures("models")
+def test_the_quick_start_of_the_readme(user: Shell) -> None:
+    [block] = [each for each in blocks("README.md", "") if "up --detach" in each]
+    # The environment is the one of the tests, which the shell has on its path.
+    block = block.replace("source .venv/bin/activate\n", "")
+    done = user.run("bash", "-euo", "pipefail", "-c", block)
+    assert done.returncode == 0, done.stderr
+    assert "\n Paris" in done.stdout
+    assert "the pool has stopped" in done.stdout
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (REPO_ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def test_a_batch_over_several_models(

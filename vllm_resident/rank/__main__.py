@@ -77,7 +77,13 @@ def main() -> int:
         except ResidentError as error:
             _say(str(error), terminal)
             return 2
-    status = _run(rank, device, endpoint, directory, terminal)
+    try:
+        status = _run(rank, device, endpoint, directory, terminal)
+    # Whatever keeps this rank from starting: the person at the terminal sees no log.
+    except Exception as error:
+        log.exception("event=failed rank=%d", rank)
+        _say(f"rank {rank}: {type(error).__name__}: {error}", terminal)
+        status = 1
     logging.shutdown()
     # Static destructors of communicators may wait for peers that are already gone.
     sys.stdout.flush()
@@ -173,14 +179,10 @@ def _run(
     from vllm_resident.rank.boot import boot
 
     loop, control = boot(rank, device, endpoint, directory, STORE_TIMEOUT_S)
-
-    def terminate(signum: int, _frame: object) -> None:
-        from vllm_resident.messages import ExitRank
-
-        control.expect_exit(f"signal {signum}")
-        control.inbox.put(ExitRank(reason=f"signal {signum}"))
-
-    signal.signal(signal.SIGTERM, terminate)
+    # The control thread acts on the wake-up byte; Python's handlers run on the main
+    # thread, which may be inside a collective that never ends.
+    signal.set_wakeup_fd(control.signal_fd, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     # Ctrl-C reaches the whole foreground group; the launcher decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control.start()

@@ -37,6 +37,7 @@ def boot(
     device.activate()
     owner = shm.owner_token(os.getppid())
     world_size = int(os.environ["WORLD_SIZE"])
+    incarnation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     names = engine_arg_names()
     store = connect_store(store_timeout_s)
 
@@ -52,7 +53,7 @@ def boot(
             host=socket.gethostname(),
             host_id=host_id(),
             pid=os.getpid(),
-            incarnation=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            incarnation=incarnation,
             device=device.name,
             gauges=gauges(),
             vllm_version=vllm.__version__,
@@ -61,10 +62,7 @@ def boot(
             generations=loop.generations(),
         )
 
-    def before_exit() -> None:
-        shm.remove(shm.segments(owner))
-
-    control = Control(endpoint, hello, gauges, before_exit)
+    control = Control(rank, incarnation, endpoint, hello, gauges)
     loop = RankLoop(rank, device, store, control, directory, owner)
     gc.collect()
     gc.freeze()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -32,8 +33,11 @@ from vllm_resident.messages import (
     Hello,
     HelloAgain,
     RankGauges,
+    RequestFailed,
+    RequestOutput,
     ToRankMessage,
 )
+from vllm_resident.rank import mapping
 from vllm_resident.rank.world import World
 from vllm_resident.transport import Decoder, encode, open_socket
 
@@ -58,8 +62,8 @@ class Mailbox:
 
     def take_all(self) -> list[Any]:
         """Everything that is there, without waiting."""
-        if self._queue.empty():
-            return []
+        # Always, and first: an item can be seen before its event is written, and an
+        # event left unread would make every later poll return at once.
         with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
         items = []
@@ -70,32 +74,42 @@ class Mailbox:
                 return items
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Guard:
     """A deadline by which the main thread must have done something, or the end."""
 
     deadline: float
     what: str
+    status: int = STUCK_STATUS
 
 
 class Control(threading.Thread):
-    """The control thread of one rank. `inbox` holds messages for the main thread."""
+    """The control thread of one rank. `inbox` holds messages for the main thread.
+
+    `signal_fd` is for `signal.set_wakeup_fd`: the byte that the interpreter writes
+    there for SIGTERM ends the rank, whatever the main thread is busy with.
+    """
 
     def __init__(
         self,
+        rank: int,
+        incarnation: int,
         endpoint: str,
         hello: Callable[[], Hello],
         gauges: Callable[[], RankGauges],
-        before_exit: Callable[[], None],
     ) -> None:
         super().__init__(name="control", daemon=True)
         self.inbox = Mailbox()
         self._outbox = Mailbox()
+        self._signals, self.signal_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._rank = rank
+        self._incarnation = incarnation
         self._endpoint = endpoint
         self._hello = hello
         self._gauges = gauges
-        self._before_exit = before_exit
         self._launcher = os.getppid()
+        self._num_unanswered = 0
+        self._exiting = False
         self._dropped: set[int] = set()
         self._worlds: dict[int, World] = {}
         self._guards: dict[object, _Guard] = {}
@@ -115,14 +129,14 @@ class Control(threading.Thread):
         sent.wait(HEARTBEAT_S)
 
     def is_dropped(self, generation: int) -> bool:
-        """Whether the controller gave the generation up; any thread."""
-        return generation in self._dropped
+        """Whether the generation was given up, or the whole rank; any thread."""
+        return self._exiting or generation in self._dropped
 
     def watch_world(self, generation: int, world: World) -> None:
-        """Abort `world` when the controller gives its generation up."""
+        """Abort `world` when its generation is given up, also if it was already."""
         with self._lock:
             self._worlds[generation] = world
-        if generation in self._dropped:
+        if self.is_dropped(generation):
             world.abort()
 
     def forget(self, generation: int) -> None:
@@ -132,24 +146,31 @@ class Control(threading.Thread):
             self._guards.pop(generation, None)
         self._dropped.discard(generation)
 
-    def expect_exit(self, what: str) -> None:
-        """End the process if it has not ended by itself within the grace time."""
-        self._guard("exit", EXIT_GRACE_S, what)
-
-    def _guard(self, key: object, timeout_s: float, what: str) -> None:
+    def _guard(
+        self, key: object, timeout_s: float, what: str, status: int = STUCK_STATUS
+    ) -> None:
         with self._lock:
-            self._guards[key] = _Guard(time.monotonic() + timeout_s, what)
+            self._guards[key] = _Guard(time.monotonic() + timeout_s, what, status)
 
     def run(self) -> None:
+        try:
+            self._serve()
+        # Without this thread nobody would hear of the rank or end it: it ends now.
+        except Exception:
+            log.exception("event=control_failed rank=%d", self._rank)
+            self._end(1, "the control thread failed")
+
+    def _serve(self) -> None:
         context = zmq.Context()
         socket = open_socket(context, zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, f"rank-{self._hello().rank}".encode())
+        socket.setsockopt(zmq.IDENTITY, f"rank-{self._rank}".encode())
         socket.connect(self._endpoint)
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(self._outbox.fd, zmq.POLLIN)
+        poller.register(self._signals, zmq.POLLIN)
         self._post(socket, self._hello())
-        heard = next_beat = time.monotonic()
+        next_beat = time.monotonic()
         while True:
             events = dict(
                 poller.poll(max(0, int(1000 * (next_beat - time.monotonic()))))
@@ -160,29 +181,33 @@ class Control(threading.Thread):
                 else:
                     self._post(socket, item)
             if socket in events:
-                heard = time.monotonic()
+                self._num_unanswered = 0
                 self._receive(socket)
+            if self._signals in events:
+                self._signalled(os.read(self._signals, 64))
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_S
-                self._beat(socket, heard)
+                self._beat(socket)
 
-    def _beat(self, socket: zmq.Socket[bytes], heard: float) -> None:
-        hello = self._hello()
+    def _beat(self, socket: zmq.Socket[bytes]) -> None:
         self._post(
             socket,
             Heartbeat(
-                rank=hello.rank, incarnation=hello.incarnation, gauges=self._gauges()
+                rank=self._rank, incarnation=self._incarnation, gauges=self._gauges()
             ),
         )
-        now = time.monotonic()
+        # Beats, not seconds: a process that was itself suspended has heard nothing
+        # because it said nothing.
+        self._num_unanswered += 1
         if os.getppid() != self._launcher:
             self._end(1, "the launcher is gone")
-        if now - heard > CONTROLLER_SILENCE_S:
-            self._end(1, f"no word from the controller for {now - heard:.0f} s")
+        if self._num_unanswered * HEARTBEAT_S > CONTROLLER_SILENCE_S:
+            self._end(1, f"no word from the controller for {CONTROLLER_SILENCE_S:g} s")
+        now = time.monotonic()
         with self._lock:
             late = [guard for guard in self._guards.values() if now > guard.deadline]
         if late:
-            self._end(STUCK_STATUS, f"stuck: {late[0].what}")
+            self._end(late[0].status, f"stuck: {late[0].what}")
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
@@ -197,15 +222,36 @@ class Control(threading.Thread):
                 case HelloAgain():
                     self._post(socket, self._hello())
                 case _:
-                    self._intercept(message)
-                    self.inbox.put(message)
+                    self._deliver(message)
 
-    def _intercept(self, message: ToRankMessage) -> None:
-        """What cannot wait for the main thread to come round."""
-        if isinstance(message, ExitRank):
-            self.expect_exit(f"told to exit ({message.reason})")
-        if not isinstance(message, DropEngine):
-            return
+    def _signalled(self, numbers: bytes) -> None:
+        if signal.SIGTERM in numbers:
+            self._deliver(ExitRank(reason="SIGTERM"))
+
+    def _deliver(self, message: ToRankMessage) -> None:
+        """Do what cannot wait for the main thread to come round, then tell it."""
+        match message:
+            case ExitRank():
+                self._call_off_builds(message)
+            case DropEngine():
+                self._call_off(message)
+        self.inbox.put(message)
+
+    def _call_off_builds(self, message: ExitRank) -> None:
+        """A ready engine may finish its step; a build has nothing left to wait for."""
+        self._exiting = True
+        self._guard(
+            "exit",
+            EXIT_GRACE_S,
+            f"told to exit ({message.reason})",
+            int(message.failed),
+        )
+        with self._lock:
+            worlds = list(self._worlds.values())
+        for world in worlds:
+            world.store.cancel()
+
+    def _call_off(self, message: DropEngine) -> None:
         self._dropped.add(message.generation)
         self._guard(
             message.generation,
@@ -226,10 +272,21 @@ class Control(threading.Thread):
             self._end(1, "the controller does not read")
         except ProtocolError as error:
             log.error("event=message_too_large error=%s", error)
+            if isinstance(message, RequestOutput):
+                # Whoever waits for it must hear that it will not come.
+                failure = RequestFailed(
+                    rank=message.rank,
+                    generation=message.generation,
+                    request=message.request,
+                    error=error.to_info(),
+                )
+                self._post(socket, failure)
 
     def _end(self, status: int, reason: str) -> None:
         """End the process from here: the main thread cannot be interrupted."""
         log.error("event=exit status=%d reason=%r", status, reason)
         logging.shutdown()
-        self._before_exit()
+        with suppress(OSError):
+            for world in list(self._worlds.values()):
+                mapping.unlink_shared(world.segment_token)
         os._exit(status)

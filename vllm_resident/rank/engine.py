@@ -8,6 +8,7 @@ everything and proves it. It knows nothing of commands, plans or other ranks.
 from __future__ import annotations
 
 import gc
+import os
 import time
 import traceback
 import weakref
@@ -36,6 +37,12 @@ OnPhase = Callable[[str], None]
 
 BACKEND = "external_launcher"
 _SET_NUM_THREADS = torch.set_num_threads
+# Variables that vLLM sets for one engine and takes for the user's own in the next
+# (0.32.0: platforms/cpu.py, distributed/eplb/eplb_utils.py).
+_ENVIRONMENT = {
+    name: os.environ.get(name)
+    for name in ("LOCAL_WORLD_SIZE", "NCCL_MAX_CTAS", "VLLM_SSM_CONV_STATE_LAYOUT")
+}
 
 
 def engine_arg_names() -> list[str]:
@@ -168,8 +175,7 @@ class Engine:
         finally:
             del self.llm, llm, core
             self.world.close()
-            envs.disable_envs_cache()
-            torch.set_num_threads = _SET_NUM_THREADS
+            _restore_globals()
             _collect(self._device)
         if (model := self._model()) is not None:
             holders = [type(each).__name__ for each in gc.get_referrers(model)]
@@ -185,10 +191,22 @@ def abandon(error: BaseException | None, world: World, device: Device) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-    world.close()
+    try:
+        world.close()
+    finally:
+        _restore_globals()
+        _collect(device)
+
+
+def _restore_globals() -> None:
+    """Undo what a build does to the process outside its world."""
     envs.disable_envs_cache()
     torch.set_num_threads = _SET_NUM_THREADS
-    _collect(device)
+    for name, value in _ENVIRONMENT.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _collect(device: Device) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Literal
 
 import msgspec
 
@@ -19,7 +20,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank: int | None = None
     phase: str | None = None
     engine: str | None = None
-    action: str = "raise"
+    action: Literal["raise", "hang", "die"] = "raise"
 
     def matches(self, rank: int, phase: str, engine: str) -> bool:
         return (

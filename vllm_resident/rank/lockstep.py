@@ -25,12 +25,19 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_resident.errors import ProtocolError, RankDiverged, RankTimeout
+from vllm_resident.errors import (
+    ProtocolError,
+    RankDiverged,
+    RankFailure,
+    RankTimeout,
+)
 from vllm_resident.rank.world import Store
 from vllm_resident.transport import open_socket, unix_endpoint
 
 # For a message that was sent already, over a unix socket.
 CONNECT_TIMEOUT_S = 20.0
+# A closed line still sends what the follower has not read yet: the stop plan.
+STOP_LINGER_S = 10.0
 
 _ADD = EngineCoreRequestType.ADD.value
 _ABORT = EngineCoreRequestType.ABORT.value
@@ -100,7 +107,8 @@ class Leader(InprocClient):
         ]
 
     def get_output(self) -> EngineCoreOutputs:
-        """Plan and take one step; collective."""
+        """Plan and take one step; collective. Raises `RankFailure` when a follower
+        has closed its line: it will not take part any more."""
         self._publish(run=True)
         outputs, self._digest = _run(self.engine_core, self._digest)
         return outputs or EngineCoreOutputs()
@@ -131,11 +139,20 @@ class Leader(InprocClient):
             plan = [msgspec.msgpack.encode(header)]
             for parts in frames:
                 plan.extend(parts)
-            for socket in self._followers:
-                socket.send_multipart(plan)
+            self._send(plan)
         self._step += 1
         for kind, item in pending:
             _apply(self.engine_core, kind, item)
+
+    def _send(self, plan: list[bytes]) -> None:
+        for follower, socket in enumerate(self._followers, start=1):
+            try:
+                # The lines hold any number of plans: only one without its peer blocks.
+                socket.send_multipart(plan, zmq.NOBLOCK)
+            except zmq.Again as error:
+                raise RankFailure(
+                    f"follower {follower} has left the engine", phase="step"
+                ) from error
 
 
 class Follower:
@@ -161,10 +178,8 @@ class Follower:
         except zmq.Again:
             return False
         plan = self._check(header)
-        for kind, num_frames in plan.actions:
-            parts, frames = frames[:num_frames], frames[num_frames:]
-            decoder = self._requests if kind == _ADD else self._ids
-            _apply(self._core, kind, decoder.decode(parts))
+        for kind, item in self._decode(plan.actions, frames):
+            _apply(self._core, kind, item)
         self.stopped = plan.stop
         if plan.run:
             _, self._digest = _run(self._core, self._digest)
@@ -172,6 +187,23 @@ class Follower:
 
     def close(self) -> None:
         self.socket.close()
+
+    def _decode(
+        self, actions: list[tuple[bytes, int]], frames: list[bytes]
+    ) -> list[tuple[bytes, Any]]:
+        if [kind for kind, _ in actions if kind not in (_ADD, _ABORT)] or (
+            sum(num_frames for _, num_frames in actions) != len(frames)
+        ):
+            raise ProtocolError(f"step plan of {actions} with {len(frames)} frames")
+        items = []
+        for kind, num_frames in actions:
+            parts, frames = frames[:num_frames], frames[num_frames:]
+            decoder = self._requests if kind == _ADD else self._ids
+            try:
+                items.append((kind, decoder.decode(parts)))
+            except msgspec.DecodeError as error:
+                raise ProtocolError(f"in a step plan: {error}") from error
+        return items
 
     def _check(self, header: bytes) -> StepPlan:
         try:
@@ -223,6 +255,7 @@ def lead(
             socket = open_socket(context, zmq.PAIR)
             sockets.append(socket)
             socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.LINGER, int(STOP_LINGER_S * 1000))
             path = directory / f"plan-{generation}-{follower}.sock"
             socket.bind(unix_endpoint(path))
             store.set(f"plan/{follower}", unix_endpoint(path))

@@ -22,6 +22,7 @@ from vllm_resident.errors import (
     ErrorInfo,
     RankFailure,
     RankTimeout,
+    ReleaseIncomplete,
     ResidentError,
 )
 from vllm_resident.rank import faults, lockstep
@@ -91,7 +92,8 @@ class RankLoop:
         return self._status
 
     def generations(self) -> list[int]:
-        return sorted(self._hosted)
+        """Of everything held here, from prepare to release; any thread."""
+        return sorted(self._hosted.copy())
 
     def _patience_ms(self) -> int:
         return 100 if any(h.close_deadline for h in self._hosted.values()) else 1000
@@ -104,10 +106,12 @@ class RankLoop:
             self._handle(command)
         except Exception as error:
             log.exception("event=command_failed command=%s", type(command).__name__)
-            hosted = self._hosted.get(getattr(command, "generation", -1))
-            if hosted is not None:
+            generation = getattr(command, "generation", None)
+            if generation is None:
+                return
+            if (hosted := self._hosted.get(generation)) is not None:
                 hosted.failed = True
-                self._fail(hosted.generation, error, "step")
+            self._fail(generation, error, "step")
 
     def _handle(self, command: messages.ToRankMessage) -> None:
         match command:
@@ -236,9 +240,10 @@ class RankLoop:
 
     def _close(self, command: messages.CloseEngine) -> None:
         hosted = self._hosted.get(command.generation)
-        if hosted is None:
-            return
-        if hosted.leader is not None and not hosted.failed:
+        if hosted is None or hosted.engine is None:
+            # Nothing that steps: there is no step to stop at, and the answer is due.
+            self._drop(command.generation)
+        elif hosted.leader is not None and not hosted.failed:
             self._end_requests(hosted)
             hosted.leader.stop()
             self._finish_close(hosted)
@@ -273,6 +278,9 @@ class RankLoop:
         since = time.monotonic()
         error = self._release(hosted)
         if error is not None:
+            if not isinstance(error, ReleaseIncomplete):
+                # Whatever it was, it cannot be said that everything was given back.
+                error = ReleaseIncomplete(f"{type(error).__name__}: {error}")
             self._fail(hosted.generation, error, "release")
         else:
             phases = {"release": time.monotonic() - since}

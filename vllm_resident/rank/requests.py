@@ -53,18 +53,19 @@ class Requests:
         """Take all prompts of a call in, or none: `CommandRejected` says why."""
         params = self._sampling_params(sampling_params, stream)
         call = _Call()
-        added: list[str] = []
         try:
             for index, prompt in enumerate(prompts):
                 external = f"{number}-{index}"
-                given = prompt if isinstance(prompt, str) else _tokens(prompt)
-                added.append(self._llm.add_request(external, given, params))
                 call.running[external] = index
+                given = prompt if isinstance(prompt, str) else _tokens(prompt)
+                self._llm.add_request(external, given, params)
         # vLLM refuses a request by many kinds of exception, and nothing has run yet.
         except Exception as error:
             processor = self._llm.output_processor
-            self._leader.withdraw(processor.abort_requests(added, internal=True))
-            raise CommandRejected(f"prompt {len(added)}: {error}") from error
+            self._leader.withdraw(
+                processor.abort_requests(self._internal_ids(call), internal=True)
+            )
+            raise CommandRejected(f"prompt {index}: {error}") from error
         self._calls[number] = call
 
     def collect(
@@ -93,18 +94,33 @@ class Requests:
         if (call := self._calls.pop(number, None)) is None:
             return []
         ended: list[Completion] = []
-        processor = self._llm.output_processor
-        for external, index in call.running.items():
-            for internal in list(processor.external_req_ids.get(external, [])):
-                # As the processor itself does for a request that has a queue
-                # (vllm 0.32.0, v1/engine/output_processor.py, abort_requests).
-                output = processor.request_states[internal].make_request_output(
-                    [], None, FinishReason.ABORT, None
-                )
-                if output is not None:
-                    ended.extend(_completions(index, output))
-        self._llm.abort_request(list(call.running))
+        internal_ids = self._internal_ids(call)
+        for internal in internal_ids:
+            state = self._llm.output_processor.request_states.get(internal)
+            if state is None:
+                continue
+            # As the processor itself does for a request that has a queue (vllm 0.32.0,
+            # v1/engine/output_processor.py, abort_requests). Of a batch with n > 1 the
+            # last sequence's output has them all, also those that ended before.
+            output = state.make_request_output([], None, FinishReason.ABORT, None)
+            if output is not None:
+                index = call.running[state.external_req_id]
+                ended.extend(_completions(index, output))
+        self._llm.abort_request(internal_ids, internal=True)
         return ended
+
+    def _internal_ids(self, call: _Call) -> list[str]:
+        """vLLM's ids of what runs of a call: its sequences, then, where n > 1, their
+        parents, which vLLM forgets only when it is given their own ids (0.32.0)."""
+        processor = self._llm.output_processor
+        sequences = [
+            internal
+            for external in call.running
+            for internal in processor.external_req_ids.get(external, [])
+        ]
+        states = [processor.request_states[internal] for internal in sequences]
+        parents = {state.parent_req.request_id for state in states if state.parent_req}
+        return [*sequences, *sorted(parents)]
 
     @property
     def numbers(self) -> list[int]:

@@ -106,7 +106,9 @@ def engine(
         )
     # Members have formed the same worlds in the same order, so they count alike.
     _num_worlds[tuple(members)] += 1
-    name = f"spmd-{'.'.join(map(str, members))}-{_num_worlds[tuple(members)]}"
+    # The launcher's store outlives a restart of its ranks.
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = f"spmd-{life}-{'.'.join(map(str, members))}-{_num_worlds[tuple(members)]}"
     world = World.form(
         identity=name,
         rank=members.index(rank),

@@ -13,7 +13,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_POLL_S = 0.001
+# Peers that come within milliseconds are met at once; one that takes minutes does not
+# cost the launcher's store a thousand questions a second from each rank.
+_FIRST_POLL_S = 0.001
+_LAST_POLL_S = 0.05
+_POLL_GROWTH = 1.3
 
 
 class StoreCancelled(RuntimeError):
@@ -25,7 +29,8 @@ class CancellableStore(dist.Store):
 
     c10d calls the methods below from C++ (torch 2.13, PythonStore in
     torch/csrc/distributed/c10d/init.cpp); names and types are its. Waits poll, since
-    the underlying client blocks all threads that share it while it waits.
+    the underlying client blocks all threads that share it while it waits. The store
+    outlives its worlds and forgets nothing by itself: `delete_written` does.
     """
 
     def __init__(self, store: dist.Store, prefix: str, timeout_s: float) -> None:
@@ -33,12 +38,23 @@ class CancellableStore(dist.Store):
         self._store = dist.PrefixStore(prefix, store)
         self._timeout_s = timeout_s
         self._cancelled = threading.Event()
+        self._written: set[str] = set()
 
     def cancel(self) -> None:
         """End every wait, now and later, with `StoreCancelled`; any thread."""
         self._cancelled.set()
 
+    def delete_written(self) -> None:
+        """Delete the keys written through this object; no-op for those gone already.
+
+        For the end of a world: a peer still waiting for one of them waits in vain.
+        """
+        written, self._written = self._written, set()
+        for key in written:
+            self._store.delete_key(key)
+
     def set(self, key: str, value: bytes | str) -> None:
+        self._written.add(key)
         self._store.set(key, value)
 
     def get(self, key: str) -> bytes:
@@ -47,6 +63,7 @@ class CancellableStore(dist.Store):
         return value
 
     def add(self, key: str, amount: int) -> int:
+        self._written.add(key)
         total: int = self._store.add(key, amount)
         return total
 
@@ -57,8 +74,10 @@ class CancellableStore(dist.Store):
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
         deadline = time.monotonic() + timeout_s
+        pause_s = _FIRST_POLL_S
         while not self._store.check(keys):
-            if self._cancelled.wait(_POLL_S):
+            pause_s = min(pause_s * _POLL_GROWTH, _LAST_POLL_S)
+            if self._cancelled.wait(pause_s):
                 raise StoreCancelled(f"waiting for {keys} was called off")
             if time.monotonic() > deadline:
                 raise dist.DistStoreError(
@@ -74,6 +93,7 @@ class CancellableStore(dist.Store):
         return number
 
     def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        self._written.add(key)
         value: bytes = self._store.compare_set(key, expected, desired)
         return value
 

@@ -33,6 +33,8 @@ from vllm_resident.rank.store import CancellableStore
 
 # Groups one world may create before its names could meet another world's.
 _NAMES_PER_WORLD = 1 << 12
+# What vLLM reads of the environment about its place in the world.
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class _PrivateWorld(c10d._World):
@@ -129,6 +131,18 @@ def _set_rng_states(states: tuple[Any, ...]) -> None:
     random.setstate(states[2])
 
 
+def _place() -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in _PLACE}
+
+
+def _set_place(place: dict[str, str | None]) -> None:
+    for name, value in place.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 class World:
     """One engine's torch.distributed and vLLM parallel state in this process.
 
@@ -137,6 +151,8 @@ class World:
     """
 
     _entered: World | None = None
+    # The process's own RNG states and place, while a world is entered.
+    _outside: tuple[tuple[Any, ...], dict[str, str | None]]
 
     def __init__(
         self,
@@ -149,7 +165,8 @@ class World:
     ) -> None:
         self.identity = identity
         self.store = store
-        self.segment_token = owner + re.sub(r"[^A-Za-z0-9.-]", "-", identity)
+        # Ends in what an identity cannot hold: "...-1" is in the names of "...-12" too.
+        self.segment_token = owner + re.sub(r"[^A-Za-z0-9.-]", "-", identity) + "_"
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
@@ -160,11 +177,7 @@ class World:
         self._values = [holder.fresh() for holder in _HOLDERS]
         self._values[0]["_world"] = self._c10d
         self._rng = _rng_states()
-        self._env = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_RANK": str(local_rank),
-        }
+        self._place = dict(zip(_PLACE, map(str, (rank, size, local_rank)), strict=True))
 
     @classmethod
     def form(
@@ -185,33 +198,38 @@ class World:
         `identity` must be new and the same on all of them; it prefixes the store's keys
         and seeds the groups' names. `owner` is this machine's `shm.owner_token`; with
         the identity it names the world's shared memory. `timeout_s` bounds the meeting
-        and every collective of the world's life. `on_start` is given the world before
-        the first wait, so that another thread can `abort` it. Raises `RankTimeout`
-        naming the ranks that did not come, `StoreCancelled` when aborted; either way
-        nothing is left. The world is entered when this returns.
+        and the default group's collectives; vLLM gives its own groups the engine's
+        `distributed_timeout_seconds`, or torch's default. `on_start` is given the world
+        before the first wait, so that another thread can `abort` it. Raises
+        `RankTimeout` naming the ranks that did not come, `StoreCancelled` when aborted;
+        either way nothing is left. The world is entered when this returns.
         """
         cancellable = CancellableStore(store, identity, timeout_s)
         world = cls(identity, rank, size, local_rank, owner, cancellable)
         on_start(world)
-        world._meet(timeout_s)
-        world.enter()
+        try:
+            world._meet(timeout_s)
+            world.enter()
+            world._init_default_group(backend, timeout_s)
+        except BaseException:
+            world.close()
+            raise
+        return world
+
+    def _init_default_group(self, backend: str, timeout_s: float) -> None:
         hook = sys.excepthook
         try:
             dist.init_process_group(
                 backend,
-                store=world.store,
-                rank=rank,
-                world_size=size,
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
             )
-        except BaseException:
-            world.close()
-            raise
         finally:
             # init_process_group wraps the hook anew each time (torch 2.13): over many
             # worlds that is a leak and an ever longer prefix.
             sys.excepthook = hook
-        return world
 
     def _meet(self, timeout_s: float) -> None:
         """Wait until every rank is about to form the world, and say which is not."""
@@ -234,26 +252,35 @@ class World:
             raise RuntimeError(f"world {self.identity} is closed")
         if World._entered is not None:
             World._entered.leave()
+        World._outside = _rng_states(), _place()
         for holder, values in zip(_HOLDERS, self._values, strict=True):
             holder.install(values)
-        os.environ.update(self._env)
+        _set_place(self._place)
         _set_rng_states(self._rng)
         World._entered = self
 
     def leave(self) -> None:
-        """Put the pristine state back and keep this world's for the next `enter`."""
+        """Put the process's own state back; keep this world's for the next `enter`."""
         if World._entered is not self:
             return
         self._values = [holder.capture() for holder in _HOLDERS]
         self._rng = _rng_states()
+        self._step_out()
+
+    @staticmethod
+    def _step_out() -> None:
         for holder in _HOLDERS:
             holder.install(holder.pristine)
+        rng, place = World._outside
+        _set_rng_states(rng)
+        _set_place(place)
         World._entered = None
 
     def abort(self) -> None:
-        """Make waits and collectives in flight fail, from any thread; the world must
-        be closed afterwards. Spinning shared-memory collectives of the CPU do not
-        notice."""
+        """Make waits in the store and collectives in flight fail, from any thread; the
+        world must be closed afterwards. Gloo cannot abort (torch 2.13): its collectives
+        fail when a peer closes the world. The CPU's shared-memory collectives spin on.
+        """
         self.store.cancel()
         for group in list(self._c10d.pg_map):
             with suppress(RuntimeError):
@@ -273,11 +300,12 @@ class World:
                 group.destroy()
         finally:
             self._destroy_groups()
-            World._entered = None
+            self._step_out()
             self.closed = True
             self._values = []
-            for holder in _HOLDERS:
-                holder.install(holder.pristine)
+            # The launcher, whose store it is, may be gone already.
+            with suppress(dist.DistError):
+                self.store.delete_written()
             mapping.release_shared(self.segment_token)
 
     def _destroy_groups(self) -> None:
@@ -305,7 +333,7 @@ class World:
         return f"env://:{self.segment_token}"
 
     def barrier(self) -> None:
-        """Wait for every rank of the world; collective, bounded by its time-out."""
+        """Wait for every rank of the world; collective, ended by `abort`."""
         self.enter()
         dist.barrier(group=parallel_state.get_world_group().cpu_group)
 
