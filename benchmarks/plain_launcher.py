@@ -13,7 +13,8 @@ from pathlib import Path
 
 from vllm_resident.rank import device
 
-POLL_S = 0.005
+# Rarely enough not to disturb the pool while it has its turn.
+POLL_S = 0.05
 
 
 def remove_leftovers() -> None:

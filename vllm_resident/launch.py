@@ -138,7 +138,8 @@ class Launch:
         if status is not None:
             raise ResidentError(
                 f"torchrun ended with status {status} before the pool was ready; the "
-                f"end of {self.log}:\n{self.tail()}"
+                f"end of {self.log} (what a rank says itself is in rank-*.log beside "
+                f"it):\n{self.tail()}"
             )
 
 

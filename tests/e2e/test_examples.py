@@ -166,6 +166,14 @@ def test_library_mode(user: Shell, models: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("models")
+def test_the_library_mode_of_the_readme(user: Shell, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(blocks("README.md", "python")[1])
+    done = user.run("torchrun", "--standalone", "--nproc-per-node", "2", str(script))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("models")
 def test_the_job_of_a_cpu_runner(user: Shell) -> None:
     done = user.run("examples/ci/cpu_runner.sh", VLLM_RESIDENT_TEST_MODELS=str(MODELS))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -38,6 +38,7 @@ from vllm_resident.messages import (
     ToRankMessage,
 )
 from vllm_resident.rank import mapping
+from vllm_resident.rank.device import messaging_context, roam
 from vllm_resident.rank.world import World
 from vllm_resident.transport import Decoder, encode, open_socket
 
@@ -45,7 +46,7 @@ log = logging.getLogger("vllm_resident.rank")
 
 HEARTBEAT_S = 1.0
 CONTROLLER_SILENCE_S = 30.0
-EXIT_GRACE_S = 10.0
+EXIT_GRACE_S = 5.0
 STUCK_STATUS = 70
 
 
@@ -161,7 +162,8 @@ class Control(threading.Thread):
             self._end(1, "the control thread failed")
 
     def _serve(self) -> None:
-        context = zmq.Context()
+        roam()
+        context = messaging_context()
         socket = open_socket(context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, f"rank-{self._rank}".encode())
         socket.connect(self._endpoint)

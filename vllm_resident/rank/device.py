@@ -11,6 +11,12 @@ import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import zmq
+
+# Read at import, which comes before `bind_cores`.
+_ALLOWED_CORES = sorted(os.sched_getaffinity(0))
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
@@ -71,7 +77,7 @@ def detect(local_rank: int) -> Device:
 def core_set(local_rank: int, local_world_size: int) -> list[int]:
     """The cores of one of `local_world_size` ranks: an even, contiguous share of those
     this process may use. With more ranks than cores, ranks share cores in turn."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = _ALLOWED_CORES
     if local_world_size > len(cores):
         return [cores[local_rank % len(cores)]]
     first = local_rank * len(cores) // local_world_size
@@ -88,6 +94,23 @@ def bind_cores(cores: list[int]) -> None:
     """
     os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
+
+
+def roam() -> None:
+    """Let the calling thread run on any core the process was started with.
+
+    For threads that move messages: on the rank's own core they would wait for the very
+    computation that waits for their message.
+    """
+    os.sched_setaffinity(0, _ALLOWED_CORES)
+
+
+def messaging_context() -> zmq.Context[Any]:
+    """A ZMQ context whose I/O thread roams, for the same reason."""
+    context: zmq.Context[Any] = zmq.Context()
+    for core in _ALLOWED_CORES:
+        context.set(zmq.THREAD_AFFINITY_CPU_ADD, core)
+    return context
 
 
 def prepare_process(local_rank: int, local_world_size: int) -> Device:

@@ -250,13 +250,16 @@ def lead(
     stop the engine.
     """
     sockets: list[zmq.Socket[bytes]] = []
+    paths = [
+        directory / f"plan-{generation}-{follower}.sock"
+        for follower in range(1, num_followers + 1)
+    ]
     try:
-        for follower in range(1, num_followers + 1):
+        for follower, path in enumerate(paths, start=1):
             socket = open_socket(context, zmq.PAIR)
             sockets.append(socket)
             socket.setsockopt(zmq.SNDHWM, 0)
             socket.setsockopt(zmq.LINGER, int(STOP_LINGER_S * 1000))
-            path = directory / f"plan-{generation}-{follower}.sock"
             socket.bind(unix_endpoint(path))
             store.set(f"plan/{follower}", unix_endpoint(path))
         _await_followers(sockets, generation, store)
@@ -264,6 +267,10 @@ def lead(
         for socket in sockets:
             socket.close()
         raise
+    finally:
+        # Their one peer is connected or never will be; libzmq leaves the files.
+        for path in paths:
+            path.unlink(missing_ok=True)
     return sockets
 
 

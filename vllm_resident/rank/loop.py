@@ -11,7 +11,6 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import zmq
 from vllm.config import VllmConfig
@@ -27,7 +26,7 @@ from vllm_resident.errors import (
 )
 from vllm_resident.rank import faults, lockstep
 from vllm_resident.rank.control import Control
-from vllm_resident.rank.device import Device
+from vllm_resident.rank.device import Device, messaging_context
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
 from vllm_resident.rank.requests import Requests
 from vllm_resident.rank.world import Store, World
@@ -74,7 +73,7 @@ class RankLoop:
         self._session = ""
         self._hosted: dict[int, Hosted] = {}
         self._faults = faults.declared()
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._context = messaging_context()
         self._poller = zmq.Poller()
         self._poller.register(control.inbox.fd, zmq.POLLIN)
         self._status: int | None = None

@@ -289,12 +289,14 @@ class World:
     def close(self) -> None:
         """Destroy the groups and give back what they held. May be called twice.
 
-        Not collective: a rank may close alone, its peers' collectives then fail.
+        Not collective: a rank may close alone, its peers' collectives then fail (with
+        gloo, which cannot be shut down, once nothing holds the groups any more).
         """
         if self.closed:
             return
         self.enter()
         try:
+            self._untie_groups()
             parallel_state.destroy_model_parallel()
             if (group := parallel_state._WORLD) is not None:
                 group.destroy()
@@ -307,6 +309,15 @@ class World:
             with suppress(dist.DistError):
                 self.store.delete_written()
             mapping.release_shared(self.segment_token)
+
+    def _untie_groups(self) -> None:
+        """Break the cycle that vLLM's CPU communicator makes round its groups (0.32.0,
+        distributed/device_communicators/cpu_communicator.py): their sockets and threads
+        would stay until a garbage collection."""
+        for group in map(parallel_state.__dict__.get, _HOLDERS[1].pristine):
+            communicator = getattr(group, "device_communicator", None)
+            if hasattr(communicator, "dist_module"):
+                del communicator.dist_module
 
     def _destroy_groups(self) -> None:
         """Shut down the groups still registered, by name, newest first.

@@ -1,0 +1,172 @@
+"""Worlds over real gloo between real processes: `world_member.py`, four times.
+
+The processes start once and go through every scenario; each test looks at one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket as network
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_RANKS = 4
+START_AND_RUN_S = 100.0
+SCENARIOS = [
+    "overlapping",
+    "outside",
+    "twenty",
+    "similar_identities",
+    "abort_a_meeting",
+    "absent_member",
+    "closed_on_one_side",
+]
+MEMBERS = {"left": [0, 1], "middle": [1, 2], "right": [2, 3], "all": [0, 1, 2, 3]}
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(110)]
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+def free_port() -> int:
+    with network.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(rank: int, port: int, output: Path) -> subprocess.Popen[bytes]:
+    with output.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.process.world_member", *SCENARIOS],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(NUM_RANKS),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each scenario gave, by rank."""
+    folder = tmp_path_factory.mktemp("worlds")
+    port = free_port()
+    logs = [folder / f"rank-{rank}.log" for rank in range(NUM_RANKS)]
+    members = [start(rank, port, log) for rank, log in enumerate(logs)]
+    deadline = time.monotonic() + START_AND_RUN_S
+    try:
+        codes = [member.wait(deadline - time.monotonic()) for member in members]
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
+    texts = [log.read_text(errors="replace") for log in logs]
+    assert codes == [0] * NUM_RANKS, [text[-2000:] for text in texts]
+    found: Results = {name: [] for name in SCENARIOS}
+    for text in texts:
+        for line in text.splitlines():
+            if line.startswith("RESULT "):
+                result = json.loads(line.removeprefix("RESULT "))
+                found[result["scenario"]].append(result)
+    return found
+
+
+def expected_sums(names: list[str]) -> dict[str, list[float]]:
+    """Five ways to add 2**rank over the members of each world."""
+    return {name: [float(sum(2**rank for rank in MEMBERS[name]))] * 5 for name in names}
+
+
+@pytest.mark.parametrize("moment", ["first", "again"])
+def test_overlapping_worlds_are_alive_together(results: Results, moment: str) -> None:
+    for rank, result in enumerate(results["overlapping"]):
+        mine = [name for name, members in MEMBERS.items() if rank in members]
+        assert result[moment] == expected_sums(mine)
+
+
+@pytest.mark.parametrize(
+    ("closed", "gone"), [("left", ["left"]), ("all", ["left", "all"])]
+)
+def test_closing_one_world_leaves_the_others_working(
+    results: Results, closed: str, gone: list[str]
+) -> None:
+    for rank, result in enumerate(results["overlapping"]):
+        mine = [
+            name
+            for name, members in MEMBERS.items()
+            if rank in members and name not in gone
+        ]
+        assert result[f"without {closed}"] == expected_sums(mine)
+
+
+def test_names_agree_whatever_each_rank_formed_before(results: Results) -> None:
+    for world, members in MEMBERS.items():
+        names = [set(results["overlapping"][rank]["names"][world]) for rank in members]
+        everywhere = set.intersection(*names)
+        # vLLM's own two, the default group and those of the whole world.
+        assert {"tp:0", "pp:0"} < everywhere
+        assert len(everywhere) >= 5
+    for result in results["overlapping"]:
+        numbers = [set(names) - {"tp:0", "pp:0"} for names in result["names"].values()]
+        assert sum(map(len, numbers)) == len(set.union(*numbers))
+
+
+def test_outside_a_world_the_process_is_its_own_again(results: Results) -> None:
+    for rank, result in enumerate(results["outside"]):
+        assert result["inside"] == {"RANK": str(3 - rank), "WORLD_SIZE": "4"}
+        assert result["after"]
+        assert result["rng"]
+        assert result["hook"]
+        assert not result["default_group"]
+
+
+def test_twenty_worlds_leave_nothing(results: Results) -> None:
+    """Descriptors, threads, shared-memory mappings and keys in the store."""
+    for result in results["twenty"]:
+        assert result["right"]
+        assert result["after"] == result["before"]
+        assert result["files"] == []
+
+
+def test_a_live_world_holds_keys_and_shared_memory(results: Results) -> None:
+    """Otherwise that nothing is left would say nothing."""
+    for result in results["overlapping"]:
+        assert result["num_store_keys"] > 0
+    for result in results["similar_identities"]:
+        assert result["before"] > 0
+
+
+def test_closing_world_1_leaves_the_memory_of_world_12_alone(results: Results) -> None:
+    for result in results["similar_identities"]:
+        assert result["after"] == result["before"]
+        assert result["sums"] == [15.0] * 5
+
+
+def test_an_abort_ends_a_wait_in_the_store(results: Results) -> None:
+    result = results["abort_a_meeting"][0]
+    assert result["seconds"] < 1
+    assert not result["entered"]
+    assert result["num_store_keys"] == 0
+
+
+def test_a_member_that_does_not_come_is_named(results: Results) -> None:
+    for result in results["absent_member"][:3]:
+        assert "ranks [3] of world incomplete did not come" in result["message"]
+        assert 2 <= result["seconds"] < 5
+
+
+def test_a_world_closed_on_one_side_fails_on_the_other(results: Results) -> None:
+    assert results["closed_on_one_side"][0]["seconds"] < 5

@@ -1,0 +1,76 @@
+"""Declared faults trip exactly where they say."""
+
+import signal
+import time
+
+import msgspec
+import pytest
+
+from vllm_resident.rank import faults
+from vllm_resident.rank.faults import Fault, InjectedFault
+
+
+def test_nothing_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_RESIDENT_FAULTS", raising=False)
+    assert faults.declared() == []
+    faults.trip([], 0, "prepare", "engine")
+
+
+def test_declared_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '[{"rank": 1, "phase": "prepare", "action": "hang"}, {"engine": "boom"}]'
+    monkeypatch.setenv("VLLM_RESIDENT_FAULTS", text)
+    assert faults.declared() == [
+        Fault(rank=1, phase="prepare", action="hang"),
+        Fault(engine="boom"),
+    ]
+
+
+@pytest.mark.parametrize("text", ['[{"when": 1}]', '[{"action": "explode"}]', "{}"])
+def test_a_malformed_declaration_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("VLLM_RESIDENT_FAULTS", text)
+    with pytest.raises(msgspec.ValidationError):
+        faults.declared()
+
+
+@pytest.mark.parametrize(
+    ("fault", "trips"),
+    [
+        (Fault(), True),
+        (Fault(rank=1, phase="build", engine="boom"), True),
+        (Fault(rank=0), False),
+        (Fault(phase="prepare"), False),
+        (Fault(engine="other"), False),
+    ],
+)
+def test_what_is_left_out_matches_any(fault: Fault, trips: bool) -> None:
+    if not trips:
+        faults.trip([fault], 1, "build", "boom")
+        return
+    with pytest.raises(InjectedFault, match="phase build of boom, rank 1"):
+        faults.trip([fault], 1, "build", "boom")
+
+
+def test_die_is_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(faults.os, "kill", lambda pid, number: sent.append(number))
+    with pytest.raises(InjectedFault):
+        faults.trip([Fault(action="die")], 0, "build", "boom")
+    assert sent == [signal.SIGKILL]
+
+
+def test_hang_does_not_end_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SleptEnoughError(Exception):
+        pass
+
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise SleptEnoughError
+
+    monkeypatch.setattr(time, "sleep", nap)
+    with pytest.raises(SleptEnoughError):
+        faults.trip([Fault(action="hang")], 0, "build", "boom")
