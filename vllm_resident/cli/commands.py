@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from vllm_resident import config, doctor
-from vllm_resident.cli import display, parser, up, watch
+from vllm_resident.cli import display, parser, patch, up, watch
 from vllm_resident.cli.output import Output
 from vllm_resident.client import Client
 from vllm_resident.client.connection import resolve_endpoint, somebody_listens
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         return up.up(arguments, output)
     if arguments.command == "doctor":
         return _doctor(arguments, output)
+    if arguments.command == "patch":
+        return patch.run(arguments, output)
     with connect(arguments) as client:
         return _COMMANDS[arguments.command](client, arguments, output)
 

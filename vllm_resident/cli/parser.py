@@ -22,6 +22,7 @@ examples:
   vllm-resident generate chat "The capital of France is" --max-tokens 8
   vllm-resident status --watch                     see it live
   vllm-resident apply layout.toml                  exactly the engines of a file
+  vllm-resident patch status                       what is changed in vLLM, and how
   vllm-resident shutdown
 
 exit codes:
@@ -108,6 +109,7 @@ def _build() -> tuple[Parser, dict[str, Parser]]:
     _add_apply(add("apply", "make the pool hold exactly the engines of a layout file"))
     _add_shutdown(add("shutdown", "unload every engine and end the pool"))
     _add_doctor(add("doctor", "say what is wrong with this machine's set-up"))
+    _add_patch(add("patch", "look after the patches to vLLM"))
     return main, built
 
 
@@ -263,6 +265,45 @@ def _add_doctor(parser: Parser) -> None:
         action="store_true",
         help="remove stale shared memory of pools that are gone",
     )
+
+
+def _add_patch(parser: Parser) -> None:
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", required=True, parser_class=Parser
+    )
+    status = actions.add_parser("status", help="say how the installed vLLM stands")
+    apply = actions.add_parser(
+        "apply", help="put the patches into a vLLM tree, all of them or none"
+    )
+    apply.add_argument(
+        "directory",
+        metavar="DIR",
+        help="the folder that `vllm/` is in: a git checkout, which gets a commit for "
+        "each patch, or an installation",
+    )
+    apply.add_argument("--revert", action="store_true", help="take them out again")
+    export = actions.add_parser(
+        "export", help="write the patches anew from a checkout's commits"
+    )
+    export.add_argument(
+        "directory", metavar="DIR", help="the checkout, its last commits the patches"
+    )
+    check = actions.add_parser(
+        "check", help="prove that headers are whole and every patch applies exactly"
+    )
+    check.add_argument(
+        "--sources",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a pristine vLLM tree to apply to, beside the installed one; may be "
+        "repeated",
+    )
+    check.add_argument(
+        "--fix", action="store_true", help="bring patches/README.md up to date first"
+    )
+    for action in (status, apply, export, check):
+        _add_common(action)
 
 
 def _num_ranks(text: str) -> int | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
@@ -39,8 +39,10 @@ from vllm_resident.messages import (
 )
 from vllm_resident.rank import mapping
 from vllm_resident.rank.device import messaging_context, roam
-from vllm_resident.rank.world import World
 from vllm_resident.transport import Decoder, encode, open_socket
+
+if TYPE_CHECKING:
+    from vllm_resident.rank.world import World
 
 log = logging.getLogger("vllm_resident.rank")
 
