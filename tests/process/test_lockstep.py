@@ -311,15 +311,22 @@ def test_lead_and_follow_connect(tmp_path: Path) -> None:
 
 
 def test_a_plan_sent_right_before_the_end_still_arrives(tmp_path: Path) -> None:
-    """The stop plan behind one that no socket buffer holds, then the line is closed."""
+    """The stop plan behind others that the follower has not come round to read."""
     from vllm_resident.rank import lockstep
 
+    store = FakeStore()
+    store.set("plan/1/sent", b"1")
     with zmq.Context() as context:
-        leading, following = connect(tmp_path, context)
+        following = context.socket(zmq.PAIR)
+        following.setsockopt(zmq.RCVHWM, 1)
+        following.connect(f"ipc://{tmp_path}/plan-7-1.sock")
+        following.send(b"here")
+        (leading,) = lockstep.lead(context, tmp_path, 7, store, 1)
         leader = lockstep.Leader(FakeEngineCore(), [leading])
         follower = lockstep.Follower(FakeEngineCore(), following)
-        leader.add_request(request("long", num_tokens=2_000_000))
-        leader.get_output()
+        for number in range(50):
+            leader.add_request(request(str(number), num_tokens=50_000))
+            leader.get_output()
         leader.stop()
         leader.close()
         time.sleep(0.2)

@@ -202,7 +202,8 @@ class World:
         `distributed_timeout_seconds`, or torch's default. `on_start` is given the world
         before the first wait, so that another thread can `abort` it. Raises
         `RankTimeout` naming the ranks that did not come, `StoreCancelled` when aborted;
-        either way nothing is left. The world is entered when this returns.
+        either way nothing is left but, of the former, one key in the store. The world
+        is entered when this returns.
         """
         cancellable = CancellableStore(store, identity, timeout_s)
         world = cls(identity, rank, size, local_rank, owner, cancellable)
@@ -211,6 +212,11 @@ class World:
             world._meet(timeout_s)
             world.enter()
             world._init_default_group(backend, timeout_s)
+        except RankTimeout:
+            # Nothing was entered. The key in the store stays: the others, whose waits
+            # end now too, are about to look who is absent.
+            world.closed = True
+            raise
         except BaseException:
             world.close()
             raise
