@@ -165,8 +165,8 @@ def test_an_abort_ends_a_wait_in_the_store(results: Results) -> None:
 def test_a_member_that_does_not_come_is_named(results: Results) -> None:
     for result in results["absent_member"][:3]:
         assert "ranks [3] of world incomplete did not come" in result["message"]
-        assert 2 <= result["seconds"] < 5
+        assert 6 <= result["seconds"] < 20
 
 
 def test_a_world_closed_on_one_side_fails_on_the_other(results: Results) -> None:
-    assert results["closed_on_one_side"][0]["seconds"] < 5
+    assert results["closed_on_one_side"][0]["seconds"] < 10
