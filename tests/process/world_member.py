@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vllm_resident.rank import device as devices
+from vllm_resident.rank.prepare import prepare_process
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-DEVICE = devices.prepare_process(RANK, SIZE)
+DEVICE = prepare_process(RANK, SIZE)
 
 # ruff: noqa: E402
 import torch
@@ -60,11 +60,9 @@ def form(identity: str, members: list[int], timeout_s: float = 20.0, **how: Any)
         timeout_s=timeout_s,
         **how,
     )
-    # As vLLM's CPU worker does (0.32.0, v1/worker/cpu_worker.py).
-    os.environ["VLLM_DIST_IDENT"] = world.init_method.rpartition(":")[2]
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(
-            size, rank, world.init_method, RANK, DEVICE.backend
+            size, rank, "env://", RANK, DEVICE.backend
         )
         parallel_state.initialize_model_parallel(size, 1, backend=DEVICE.backend)
     return world

@@ -16,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from vllm_resident import shm, transport
-from vllm_resident.errors import ResidentError
-from vllm_resident.rank import device as devices
+from vllm_resident import transport
+from vllm_resident.errors import PatchError, ResidentError
+from vllm_resident.rank.device import Device
+from vllm_resident.rank.prepare import prepare_process
 
 log = logging.getLogger("vllm_resident.rank")
 
@@ -66,11 +67,14 @@ def main() -> int:
         return 2
     rank = int(os.environ["RANK"])
     terminal = _log_to_file(directory / "logs" / f"rank-{rank}.log")
-    device = devices.prepare_process(
-        int(os.environ["LOCAL_RANK"]),
-        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
-    )
-    shm.remove(shm.stale_segments())
+    try:
+        device = prepare_process(
+            int(os.environ["LOCAL_RANK"]),
+            int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+        )
+    except PatchError as error:
+        _say(str(error), terminal)
+        return 2
     if not arguments.controller and rank == 0:
         try:
             _start_controller(arguments.pool, directory)
@@ -173,7 +177,7 @@ def _spawn_controller(
 
 
 def _run(
-    rank: int, device: devices.Device, endpoint: str, directory: Path, terminal: int
+    rank: int, device: Device, endpoint: str, directory: Path, terminal: int
 ) -> int:
     since = time.monotonic()
     from vllm_resident.rank.boot import boot

@@ -26,10 +26,12 @@ from vllm.outputs import RequestOutput
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+from vllm.v1.executor.uniproc_executor import (
+    ExecutorWithExternalLauncher,
+    ExternalRendezvous,
+)
 
 from vllm_resident.errors import CommandRejected, ReleaseIncomplete
-from vllm_resident.rank import mapping
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.world import World
 
@@ -75,23 +77,16 @@ def configure(model: str, engine_args: dict[str, Any]) -> VllmConfig:
 
 
 class ResidentExecutor(ExecutorWithExternalLauncher):
-    """vLLM's external-launcher executor with its rendezvous handed in.
-
-    The original reads RANK and LOCAL_RANK of the process; here the world says them, and
-    names the world's shared memory. Also marks the phases of a build.
-    """
+    """vLLM's external-launcher executor that meets its peers in a world, and marks the
+    phases of a build."""
 
     def __init__(self, vllm_config: VllmConfig, *, world: World, on_phase: OnPhase):
-        self._world = world
         self._on_phase = on_phase
-        super().__init__(vllm_config)
+        super().__init__(vllm_config, ExternalRendezvous(world.rank, world.local_rank))
 
     def _init_executor(self) -> None:
         self._on_phase("load_model")
         super()._init_executor()
-
-    def _distributed_args(self) -> tuple[str, int, int]:
-        return self._world.init_method, self._world.rank, self._world.local_rank
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         self._on_phase("kv_cache")
@@ -135,10 +130,6 @@ class Engine:
         )
         # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
         llm.engine_core._finalizer.detach()
-        # Every rank has mapped the world's segments by now; without names a killed
-        # pool leaves none behind.
-        world.barrier()
-        mapping.unlink_shared(world.segment_token)
         return cls(llm, world, device)
 
     @property
@@ -158,9 +149,7 @@ class Engine:
     def release(self) -> None:
         """Destroy the engine and its world and give everything back.
 
-        Raises `ReleaseIncomplete` if the model is still reachable afterwards. Does what
-        `EngineCore.shutdown` does, except that the distributed state is the world's to
-        close and the heap is collected once (vllm 0.32.0, v1/engine/core.py).
+        Raises `ReleaseIncomplete` if the model is still reachable afterwards.
         """
         if self.released:
             return
@@ -168,9 +157,7 @@ class Engine:
         self.world.enter()
         llm, core = self.llm, self.core
         try:
-            core.structured_output_manager.clear_backend()
-            core.model_executor.shutdown()
-            core.scheduler.shutdown()
+            core.shutdown()
             llm._finalizer()
         finally:
             del self.llm, llm, core
@@ -210,14 +197,9 @@ def _restore_globals() -> None:
 
 
 def _collect(device: Device) -> None:
-    """Free what only cycles hold, then give free memory back to the device.
-
-    A build ends with vLLM freezing the heap, so the engine is only found after a thaw;
-    freezing again keeps the next collections short.
-    """
-    gc.unfreeze()
+    """Free what only cycles hold, then give free memory back to the device. The heap of
+    the imports is frozen (`boot`), so this looks at little more than engines."""
     gc.collect()
-    gc.freeze()
     device.empty_cache()
 
 

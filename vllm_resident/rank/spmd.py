@@ -19,6 +19,7 @@ from vllm_resident import shm
 from vllm_resident.errors import CommandRejected
 from vllm_resident.messages import Completion
 from vllm_resident.rank import device as devices
+from vllm_resident.rank.prepare import prepare_process
 
 if TYPE_CHECKING:
     from vllm_resident.rank.engine import Engine
@@ -139,7 +140,7 @@ def _process() -> tuple[Store, devices.Device, str, int, int]:
     RANK and WORLD_SIZE are read here, before a world puts its own numbers there.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = devices.prepare_process(
+    device = prepare_process(
         int(os.environ["LOCAL_RANK"]),
         int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
     )
@@ -149,6 +150,7 @@ def _process() -> tuple[Store, devices.Device, str, int, int]:
     atexit.register(gc.unfreeze)
 
     device.activate()
-    shm.remove(shm.stale_segments())
+    gc.collect()
+    gc.freeze()
     store = connect_store(WORLD_TIMEOUT_S)
     return store, device, shm.owner_token(os.getppid()), rank, world_size

@@ -1,10 +1,11 @@
 """Form, enter, leave and close one world: the distributed state of one engine here.
 
-torch.distributed allows one default group at a time, and vLLM keeps its groups in
-module globals. A `World` owns a private copy of both and swaps it in, so that several
-engines with different layouts live in one process. Ranks are 0..n-1 *inside* the world:
-vLLM sees a world of exactly its own size. This module knows nothing of engines and is
-the only one that touches torch.distributed and vLLM's parallel state.
+torch.distributed allows one default group at a time, and vLLM enters one
+`ParallelState` at a time (patches/, parallel-state). A `World` owns one of each and
+swaps them in, so that several engines with different layouts live in one process. Ranks
+are 0..n-1 *inside* the world: vLLM sees a world of exactly its own size. This module
+knows nothing of engines and, with `store`, is the only one that touches
+torch.distributed and vLLM's parallel state.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from vllm_resident.rank.store import CancellableStore
 # Groups one world may create before its names could meet another world's.
 _NAMES_PER_WORLD = 1 << 12
 # What vLLM reads of the environment about its place in the world.
-_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VLLM_DIST_IDENT")
 
 
 class _PrivateWorld(c10d._World):
@@ -75,50 +75,15 @@ class _PrivateWorld(c10d._World):
         self._group_count = value
 
 
-class _Holder:
-    """The globals of one module that belong to a world, with their pristine values."""
-
-    def __init__(self, module: ModuleType, names: list[str]) -> None:
-        self.module = module
-        self.pristine = {name: getattr(module, name) for name in names}
-
-    def fresh(self) -> dict[str, Any]:
-        return {
-            name: dict(value) if isinstance(value, dict) else value
-            for name, value in self.pristine.items()
-        }
-
-    def capture(self) -> dict[str, Any]:
-        return {name: getattr(self.module, name) for name in self.pristine}
-
-    def install(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self.module, name, value)
+_C10D_PRISTINE = {
+    name: getattr(c10d, name)
+    for name in ("_world", "_backend", "_default_pg_init_method")
+}
 
 
-def _vllm_names() -> list[str]:
-    """vLLM's parallel-state globals: those annotated as a group, and the few others."""
-    groups = [
-        name
-        for name, kind in parallel_state.__annotations__.items()
-        if name.startswith("_") and name.isupper() and "GroupCoordinator" in str(kind)
-    ]
-    return [
-        *groups,
-        "_NODE_COUNT",
-        "_ENABLE_CUSTOM_ALL_REDUCE",
-        # Per world, so that "tp:0" is the same group's name in every world: names go
-        # into shared-memory segments and compiled graphs, and must agree across ranks
-        # whatever each rank built before.
-        "_groups",
-        "_group_name_counter",
-    ]
-
-
-_HOLDERS = [
-    _Holder(c10d, ["_world", "_backend", "_default_pg_init_method"]),
-    _Holder(parallel_state, _vllm_names()),
-]
+def _set_c10d(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(c10d, name, value)
 
 
 def _rng_states() -> tuple[Any, ...]:
@@ -174,10 +139,11 @@ class World:
         digest = hashlib.blake2b(identity.encode(), digest_size=5).digest()
         first_name = int.from_bytes(digest, "big") * _NAMES_PER_WORLD
         self._c10d = _PrivateWorld(first_name)
-        self._values = [holder.fresh() for holder in _HOLDERS]
-        self._values[0]["_world"] = self._c10d
+        self._c10d_values = {**_C10D_PRISTINE, "_world": self._c10d}
+        self._parallel = parallel_state.ParallelState()
         self._rng = _rng_states()
-        self._place = dict(zip(_PLACE, map(str, (rank, size, local_rank)), strict=True))
+        place = (str(rank), str(size), str(local_rank), self.segment_token)
+        self._place: dict[str, str | None] = dict(zip(_PLACE, place, strict=True))
 
     @classmethod
     def form(
@@ -259,8 +225,8 @@ class World:
         if World._entered is not None:
             World._entered.leave()
         World._outside = _rng_states(), _place()
-        for holder, values in zip(_HOLDERS, self._values, strict=True):
-            holder.install(values)
+        _set_c10d(self._c10d_values)
+        self._parallel.enter()
         _set_place(self._place)
         _set_rng_states(self._rng)
         World._entered = self
@@ -269,14 +235,14 @@ class World:
         """Put the process's own state back; keep this world's for the next `enter`."""
         if World._entered is not self:
             return
-        self._values = [holder.capture() for holder in _HOLDERS]
+        self._c10d_values = {name: getattr(c10d, name) for name in _C10D_PRISTINE}
+        self._parallel.leave()
         self._rng = _rng_states()
         self._step_out()
 
     @staticmethod
     def _step_out() -> None:
-        for holder in _HOLDERS:
-            holder.install(holder.pristine)
+        _set_c10d(_C10D_PRISTINE)
         rng, place = World._outside
         _set_rng_states(rng)
         _set_place(place)
@@ -303,14 +269,12 @@ class World:
         self.enter()
         try:
             self._untie_groups()
-            parallel_state.destroy_model_parallel()
-            if (group := parallel_state._WORLD) is not None:
-                group.destroy()
+            self._parallel.close()
         finally:
             self._destroy_groups()
             self._step_out()
             self.closed = True
-            self._values = []
+            self._c10d_values = {}
             # The launcher, whose store it is, may be gone already.
             with suppress(dist.DistError):
                 self.store.delete_written()
@@ -320,7 +284,7 @@ class World:
         """Break the cycle that vLLM's CPU communicator makes round its groups (0.32.0,
         distributed/device_communicators/cpu_communicator.py): their sockets and threads
         would stay until a garbage collection."""
-        for group in map(parallel_state.__dict__.get, _HOLDERS[1].pristine):
+        for group in vars(parallel_state).values():
             communicator = getattr(group, "device_communicator", None)
             if hasattr(communicator, "dist_module"):
                 del communicator.dist_module
@@ -341,18 +305,6 @@ class World:
             entries.clear()
         self._c10d.pg_coalesce_state.clear()
         self._c10d.default_pg = None
-
-    @property
-    def init_method(self) -> str:
-        """An init method that only names the world: vLLM never dials it, the default
-        group being there, but its CPU worker names shared memory after what follows the
-        last colon (vllm 0.32.0, v1/worker/cpu_worker.py, VLLM_DIST_IDENT)."""
-        return f"env://:{self.segment_token}"
-
-    def barrier(self) -> None:
-        """Wait for every rank of the world; collective, ended by `abort`."""
-        self.enter()
-        dist.barrier(group=parallel_state.get_world_group().cpu_group)
 
     def __enter__(self) -> World:
         self.enter()
