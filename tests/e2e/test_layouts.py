@@ -131,3 +131,16 @@ def test_reports_account_for_the_time(
     assert engine.ranks == [0, 1]
     assert set(engine.memory_after_bytes) == {0, 1}
     assert {"prepare", "form_world", "load_model", "kv_cache"} <= set(engine.phases)
+
+
+def test_a_pipeline_over_two_ranks_gives_the_same_tokens(
+    pool: Client, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    pool.load("pp", checkpoints["llama"], pipeline_parallel_size=2, **ENGINE_ARGS)
+    assert tokens(pool, "pp") == reference("llama")
+    streamed = [
+        token
+        for piece in pool.stream("pp", PROMPTS[0], SAMPLING)
+        for token in piece.token_ids
+    ]
+    assert streamed == reference("llama")[0]

