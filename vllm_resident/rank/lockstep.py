@@ -263,6 +263,7 @@ def lead(
             socket.bind(unix_endpoint(path))
             store.set(f"plan/{follower}", unix_endpoint(path))
         _await_followers(sockets, generation, store)
+    # Cleaned up and raised again, Ctrl-C too: nobody else knows of the sockets.
     except BaseException:
         for socket in sockets:
             socket.close()

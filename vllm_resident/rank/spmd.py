@@ -124,6 +124,7 @@ def engine(
     )
     try:
         built = Engine.build(config, world, device, on_phase=lambda _: None)
+    # Given back and raised again, Ctrl-C too.
     except BaseException as error:
         abandon(error, world, device)
         raise

@@ -183,6 +183,7 @@ class World:
             # end now too, are about to look who is absent.
             world.closed = True
             raise
+        # Closed and raised again, Ctrl-C too: nobody has the world yet.
         except BaseException:
             world.close()
             raise
