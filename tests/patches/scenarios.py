@@ -81,6 +81,7 @@ def resident(models: list[str]) -> dict[str, Any]:
         rebind(overrides)
 
     dispatcher._rebind_kernels = counted_rebind
+    look_ups = _count_look_ups()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     gc.collect()
     gc.freeze()
@@ -98,8 +99,14 @@ def resident(models: list[str]) -> dict[str, Any]:
                 log_stats=False,
             )
             llm.engine_core._finalizer.detach()
-            tokens = _generate(llm)
+            start_look_ups = dict(look_ups)
+            look_ups.clear()
             core = llm.engine_core.engine_core
+            kv_cache = core.model_executor.driver_worker.model_runner.kv_caches[0]
+            kv_start = _resident_share(kv_cache)
+            tokens = _generate(llm)
+            kv_used = _resident_share(kv_cache)
+            del kv_cache
             model_ref = weakref.ref(core.model_executor.driver_worker.get_model())
             executor_ref = weakref.ref(core.model_executor)
             executor = core.model_executor
@@ -113,6 +120,8 @@ def resident(models: list[str]) -> dict[str, Any]:
                 "tokens": tokens,
                 "counts": dict(counts),
                 "frozen": gc.get_freeze_count(),
+                "look_ups": start_look_ups,
+                "kv_resident": [kv_start, kv_used],
             }
         )
         gc.collect()
@@ -247,6 +256,44 @@ def _count_children() -> list[str]:
 
     sys.addaudithook(hook)
     return children
+
+
+def _count_look_ups() -> Counter[str]:
+    """Counts, from here on, readings of entry points and copies of tokenizers."""
+    import copy
+    import importlib.metadata
+
+    from transformers import TokenizersBackend
+
+    counts: Counter[str] = Counter()
+    entry_points, deepcopy = importlib.metadata.entry_points, copy.deepcopy
+
+    def counted_entry_points(**params: Any) -> Any:
+        counts[f"entry points {params.get('group')}"] += 1
+        return entry_points(**params)
+
+    def counted_deepcopy(x: Any, memo: Any = None) -> Any:
+        counts["tokenizer copies"] += isinstance(x, TokenizersBackend)
+        return deepcopy(x, memo)
+
+    importlib.metadata.entry_points = counted_entry_points
+    copy.deepcopy = counted_deepcopy
+    return counts
+
+
+def _resident_share(tensor: Any) -> float:
+    """Which part of the tensor's mapping is in memory."""
+    address = tensor.untyped_storage().data_ptr()
+    sizes: dict[str, int] = {}
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):
+            low, high = (int(bound, 16) for bound in name.split("-"))
+            here = low <= address < high
+        elif here and name in ("Size:", "Rss:"):
+            sizes[name] = int(rest.split()[0])
+    return sizes["Rss:"] / sizes["Size:"]
 
 
 def _sources() -> dict[str, Any]:

@@ -142,7 +142,7 @@ def test_two_engines_one_process(scenarios: Scenarios) -> None:
         assert engine["tp_group_after"] == "None"
         assert "freeze" not in engine["counts"]
         assert "unfreeze" not in engine["counts"]
-        assert engine["counts"]["collect"] <= 2  # both in loading weights
+        assert "collect" not in engine["counts"]
         assert engine["frozen"] > 0
 
 
@@ -156,6 +156,31 @@ def test_inspection_starts_no_process(scenarios: Scenarios) -> None:
     # And where the flag is not set there is one, so this would have seen it.
     children = scenarios.defaults()["children"]
     assert len([each for each in children if "registry" in each]) == 1
+
+
+def test_tokenizers_are_copied_once(scenarios: Scenarios) -> None:
+    """The third engine has the first one's model."""
+    copies = [
+        engine["look_ups"].get("tokenizer copies", 0)
+        for engine in scenarios.resident()["engines"]
+    ]
+    assert copies[0] > 0
+    assert copies[1] > 0
+    assert copies[2] == 0
+
+
+def test_look_ups_happen_once(scenarios: Scenarios) -> None:
+    seen = scenarios.resident()
+    assert len([each for each in seen["children"] if "lscpu" in each]) == 1
+    group = "entry points vllm.logits_processors"
+    assert [engine["look_ups"].get(group, 0) for engine in seen["engines"]] == [1, 0, 0]
+
+
+def test_kv_cache_takes_memory_when_used(scenarios: Scenarios) -> None:
+    for engine in scenarios.resident()["engines"]:
+        at_start, after_use = engine["kv_resident"]
+        assert at_start < 0.05
+        assert at_start < after_use < 0.5
 
 
 def test_parallel_states_are_separate(scenarios: Scenarios) -> None:
