@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,31 @@ def test_tokens_equal_plain_vllm_at_tp1_and_tp2(
     assert tokens(pool, "one") == expected
     pool.apply([spec("two", model, [0, 1], checkpoints)])
     assert tokens(pool, "two") == expected
+
+
+def test_a_checkpoint_written_anew_is_read_anew(
+    pool: Client, checkpoints: dict[str, str], reference: Reference, tmp_path: Path
+) -> None:
+    """Under one name: another model, then another tokenizer."""
+    folder = tmp_path / "model"
+
+    def load(model: str) -> None:
+        shutil.copytree(checkpoints[model], folder, dirs_exist_ok=True)
+        pool.apply([])
+        pool.load("same", str(folder), ranks=[0], **ENGINE_ARGS)
+
+    for model in ("qwen2", "llama"):
+        load(model)
+        assert tokens(pool, "same") == reference(model)
+    for_b = pool.generate("same", "b", SAMPLING)[0].token_ids
+    assert pool.generate("same", "a", SAMPLING)[0].token_ids != for_b
+    pool.unload("same")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    pool.load("same", str(folder), ranks=[0], **ENGINE_ARGS)
+    assert pool.generate("same", "a", SAMPLING)[0].token_ids == for_b
 
 
 def assert_given_back(before: list[RankStatus], after: list[RankStatus]) -> None:

@@ -19,7 +19,7 @@ from vllm_resident.messages import PROTOCOL_VERSION, Hello, RankGauges
 from vllm_resident.rank import ledger
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device
-from vllm_resident.rank.engine import engine_arg_names
+from vllm_resident.rank.engine import engine_arg_names, warm_up
 from vllm_resident.rank.loop import RankLoop
 from vllm_resident.rank.world import connect_store
 from vllm_resident.transport import host_id
@@ -35,6 +35,7 @@ def boot(
             f"{device.type}: install the extra that fits"
         )
     device.activate()
+    warm_up(device)
     owner = shm.owner_token(os.getppid())
     world_size = int(os.environ["WORLD_SIZE"])
     incarnation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

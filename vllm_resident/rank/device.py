@@ -19,6 +19,12 @@ import zmq
 _ALLOWED_CORES = sorted(os.sched_getaffinity(0))
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+# Where vLLM's worker for the device is (0.32.0, platforms/; vllm-ascend 0.23.0).
+_WORKERS = {
+    "cpu": "vllm.v1.worker.cpu_worker",
+    "cuda": "vllm.v1.worker.gpu_worker",
+    "npu": "vllm_ascend.worker.worker",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class Device:
     def backend(self) -> str:
         """The torch.distributed backend of this device type."""
         return _BACKENDS[self.type]
+
+    @property
+    def worker_module(self) -> str:
+        """The module vLLM's worker for this device type is in."""
+        return _WORKERS[self.type]
 
     def activate(self) -> None:
         """Make this the current device of the process; call once, after torch."""

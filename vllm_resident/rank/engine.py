@@ -8,11 +8,13 @@ everything and proves it. It knows nothing of commands, plans or other ranks.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,8 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -32,6 +36,7 @@ from vllm.v1.executor.uniproc_executor import (
 )
 
 from vllm_resident.errors import CommandRejected, ReleaseIncomplete
+from vllm_resident.rank import checkpoint
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.world import World
 
@@ -39,12 +44,23 @@ OnPhase = Callable[[str], None]
 
 BACKEND = "external_launcher"
 _SET_NUM_THREADS = torch.set_num_threads
+# Those built and not yet released in this process.
+_engines: set[Engine] = set()
 # Variables that vLLM sets for one engine and takes for the user's own in the next
 # (0.32.0: platforms/cpu.py, distributed/eplb/eplb_utils.py).
 _ENVIRONMENT = {
     name: os.environ.get(name)
     for name in ("LOCAL_WORLD_SIZE", "NCCL_MAX_CTAS", "VLLM_SSM_CONV_STATE_LAYOUT")
 }
+
+
+def warm_up(device: Device) -> None:
+    """Do what vLLM leaves to the first engine of a process though it is the same for
+    all (0.32.0, v1/worker/worker_base.py, init_worker). Blocks about a second; call it
+    once, before the heap is frozen."""
+    load_general_plugins()
+    current_platform.register_triton_kernel_overrides()
+    importlib.import_module(device.worker_module)
 
 
 def engine_arg_names() -> list[str]:
@@ -60,6 +76,8 @@ def configure(model: str, engine_args: dict[str, Any]) -> VllmConfig:
     """
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise CommandRejected(f"model folder {model} is not there")
+    for folder in {model, str(engine_args.get("tokenizer") or model)}:
+        checkpoint.forget_if_changed(folder)
     args = {"disable_log_stats": True, **engine_args}
     # Variables such as VLLM_CPU_KVCACHE_SPACE may differ from one engine to the next;
     # vLLM caches them at the end of a build.
@@ -110,6 +128,7 @@ class Engine:
         self._device = device
         self._model = weakref.ref(llm.model_executor.driver_worker.get_model())
         self.released = False
+        _engines.add(self)
 
     @classmethod
     def build(
@@ -122,12 +141,13 @@ class Engine:
         """
         world.enter()
         on_phase("tokenizer")
-        llm = LLMEngine(
-            config,
-            partial(ResidentExecutor, world=world, on_phase=on_phase),
-            log_stats=False,
-            usage_context=UsageContext.LLM_CLASS,
-        )
+        with _no_collections():
+            llm = LLMEngine(
+                config,
+                partial(ResidentExecutor, world=world, on_phase=on_phase),
+                log_stats=False,
+                usage_context=UsageContext.LLM_CLASS,
+            )
         # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
         llm.engine_core._finalizer.detach()
         return cls(llm, world, device)
@@ -154,6 +174,7 @@ class Engine:
         if self.released:
             return
         self.released = True
+        _engines.discard(self)
         self.world.enter()
         llm, core = self.llm, self.core
         try:
@@ -185,6 +206,17 @@ def abandon(error: BaseException | None, world: World, device: Device) -> None:
         _collect(device)
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Building makes 100,000 objects that stay: looking through them again and again
+    while it does finds nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _restore_globals() -> None:
     """Undo what a build does to the process outside its world."""
     envs.disable_envs_cache()
@@ -197,9 +229,12 @@ def _restore_globals() -> None:
 
 
 def _collect(device: Device) -> None:
-    """Free what only cycles hold, then give free memory back to the device. The heap of
-    the imports is frozen (`boot`), so this looks at little more than engines."""
+    """Free what only cycles hold, then give free memory back to the device. What is
+    left when no engine is are modules and caches that stay: with the heap of the
+    imports (`boot`) they are frozen, so that the next time looks at engines alone."""
     gc.collect()
+    if not _engines:
+        gc.freeze()
     device.empty_cache()
 
 

@@ -145,12 +145,14 @@ def _process() -> tuple[Store, devices.Device, str, int, int]:
         int(os.environ["LOCAL_RANK"]),
         int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
     )
+    from vllm_resident.rank.engine import warm_up
     from vllm_resident.rank.world import connect_store
 
     # What `release` froze would be reported as leaked by the extensions' own checks.
     atexit.register(gc.unfreeze)
 
     device.activate()
+    warm_up(device)
     gc.collect()
     gc.freeze()
     store = connect_store(WORLD_TIMEOUT_S)

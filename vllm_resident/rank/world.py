@@ -16,6 +16,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -268,11 +269,13 @@ class World:
         if self.closed:
             return
         self.enter()
+        groups = list(self._c10d.pg_map)
         try:
             self._untie_groups()
             self._parallel.close()
         finally:
             self._destroy_groups()
+            _let_go(groups)
             self._step_out()
             self.closed = True
             self._c10d_values = {}
@@ -313,6 +316,16 @@ class World:
 
     def __exit__(self, *exc: object) -> None:
         self.leave()
+
+
+def _let_go(groups: list[dist.ProcessGroup]) -> None:
+    """Drop the last references side by side and empty the list: the end of a gloo group
+    joins a thread that looks up every 10 ms (torch 2.13, gloo/transport/tcp/loop.cc),
+    with the GIL released."""
+    # Not `map`: its arguments would hold them.
+    with ThreadPoolExecutor(max(len(groups), 1)) as threads:
+        while groups:
+            threads.submit([groups.pop()].clear)
 
 
 def connect_store(timeout_s: float) -> dist.TCPStore:

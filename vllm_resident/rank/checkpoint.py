@@ -1,0 +1,57 @@
+"""What is remembered of a checkpoint's files between two loads, and when to forget it.
+
+vLLM caches configuration and tokenizers by the checkpoint's name, for as long as the
+process lives, which is what makes a second load quick. In a process that outlives its
+engines, somebody may write the folder anew in between. Knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import _lru_cache_wrapper
+from pathlib import Path
+
+_WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth"))
+# Modules of vLLM whose caches hold what was read from a checkpoint (0.32.0).
+_READERS = ("vllm.transformers_utils",)
+_TOKENIZERS = ("vllm.tokenizers", "vllm.renderers")
+
+# (size, modification time in ns) by file name, of each folder when last looked at.
+Files = dict[str, tuple[int, int]]
+_known: dict[str, Files] = {}
+
+
+def forget_if_changed(folder: str) -> None:
+    """Empty vLLM's caches if files of a local checkpoint changed since the last call.
+
+    New weights alone leave the tokenizers, which are slow to make. For the name of a
+    model on a hub, whose revisions do not change, this does nothing.
+    """
+    files = _files(folder)
+    known = _known.setdefault(folder, files)
+    changed = {name for name, _ in files.items() ^ known.items()}
+    if not changed:
+        return
+    _known[folder] = files
+    _clear_caches(_READERS)
+    if any(Path(name).suffix not in _WEIGHTS for name in changed):
+        _clear_caches(_TOKENIZERS)
+
+
+def _files(folder: str) -> Files:
+    files: Files = {}
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(directory, name)
+            status = os.stat(path)
+            files[os.path.relpath(path, folder)] = status.st_size, status.st_mtime_ns
+    return files
+
+
+def _clear_caches(packages: tuple[str, ...]) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith(packages):
+            for value in list(vars(module).values()):
+                if isinstance(value, _lru_cache_wrapper):
+                    value.cache_clear()
