@@ -13,20 +13,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plain_launcher import remove_leftovers
-from examples.checkpoints import REPO_ROOT, cache_folder, make
+from benchmarks.plain import PlainLauncher
+from examples.checkpoints import cache_folder, make
 from vllm_resident import Client
 from vllm_resident.launch import launch
 
 READY_TIMEOUT_S = 300.0
-ROUND_TIMEOUT_S = 300.0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,44 +39,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
-
-
-class Plain:
-    """Plain vLLM under torchrun, waiting for its turns."""
-
-    def __init__(self, request: dict[str, Any], num_ranks: int, folder: Path) -> None:
-        self._folder = folder
-        self._round = 0
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-            *(f"--nproc-per-node={num_ranks}", "-m", "benchmarks.plain_launcher"),
-            json.dumps({**request, "folder": str(folder)}),
-        ]
-        remove_leftovers()
-        with (folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=REPO_ROOT, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def turn(self) -> tuple[float, list[list[int]]]:
-        """Seconds and tokens of one batch."""
-        (self._folder / f"go-{self._round}").touch()
-        done = self._folder / f"done-{self._round}"
-        self._round += 1
-        deadline = time.monotonic() + ROUND_TIMEOUT_S
-        while not done.exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                log = (self._folder / "log").read_text()[-3000:]
-                raise SystemExit(f"plain vLLM did not answer:\n{log}")
-            time.sleep(0.005)
-        result = json.loads(done.read_text())
-        return result["seconds"], result["tokens"]
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait(60)
 
 
 def pool_turn(
@@ -116,7 +75,7 @@ def compare(arguments: argparse.Namespace, model: str, folder: Path) -> dict[str
     }
     num_ranks = arguments.tensor_parallel_size
     pool = launch(f"lockstep-{os.getpid()}", num_ranks, max_restarts=0)
-    plain = Plain(request, num_ranks, folder)
+    plain = PlainLauncher(request, num_ranks, folder)
     try:
         with Client(pool.endpoint) as client:
             pool.wait_ready(client, READY_TIMEOUT_S, lambda _: None)
