@@ -218,6 +218,29 @@ def pipeline(models: list[str]) -> dict[str, Any]:
     return reports
 
 
+def compiled(models: list[str]) -> dict[str, Any]:
+    """Twice the same model with torch.compile on, in one process and cache folder."""
+    _activate({})
+    from vllm import LLM
+    from vllm.compilation.counter import compilation_counter
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    starts = []
+    for _ in range(2):
+        llm = LLM(models[0], **{**ENGINE_ARGS, "enforce_eager": False})
+        starts.append(
+            {
+                "tokens": _tokens(llm),
+                "compiles": compilation_counter.num_aot_compiles,
+                "loads": compilation_counter.num_aot_artifacts_loaded,
+            }
+        )
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+    return {"starts": starts}
+
+
 class _Counted:
     """Counts the heap's collections and freezes while entered."""
 

@@ -1,6 +1,6 @@
 """What each patch is for, seen on real vLLM on CPU with the overlay active.
 
-Four processes serve all tests (`scenarios.py` is what they run): importing vLLM is most
+A few processes serve all tests (`scenarios.py` is what they run): importing vLLM is most
 of the time.
 """
 
@@ -46,6 +46,10 @@ class Scenarios:
     @cache  # noqa: B019
     def states(self) -> dict[str, Any]:
         return self._run("states", [])
+
+    @cache  # noqa: B019
+    def compiled(self) -> dict[str, Any]:
+        return self._run("compiled", _MODELS[:1])
 
     @cache  # noqa: B019
     def pipeline(self) -> list[dict[str, Any]]:
@@ -174,6 +178,14 @@ def test_look_ups_happen_once(scenarios: Scenarios) -> None:
     assert len([each for each in seen["children"] if "lscpu" in each]) == 1
     group = "entry points vllm.logits_processors"
     assert [engine["look_ups"].get(group, 0) for engine in seen["engines"]] == [1, 0, 0]
+
+
+def test_compiled_once_per_machine(scenarios: Scenarios) -> None:
+    first, second = scenarios.compiled()["starts"]
+    assert (first["compiles"], first["loads"]) == (1, 0)
+    assert (second["compiles"], second["loads"]) == (1, 1)
+    assert first["tokens"] == scenarios.plain()["tokens"]
+    assert second["tokens"] == first["tokens"]
 
 
 def test_kv_cache_takes_memory_when_used(scenarios: Scenarios) -> None:
