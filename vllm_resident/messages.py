@@ -7,13 +7,13 @@ replies, facts are events. This module knows nothing of sockets, torch or vLLM.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from vllm_resident.errors import ErrorInfo
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 32 * 2**20
 
 
@@ -22,20 +22,35 @@ class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `ranks` is the list of global ranks, or how many the planner shall pick; without it,
     as many as the parallel sizes multiply to. `engine_args` are vLLM's `EngineArgs` by
-    their own names.
+    their own names. Without `model` it is the one that pool.toml declares under the
+    name. `asleep` leaves it at sleep level 1 once built; a `pinned` engine is never put
+    to sleep, demoted or unloaded to make room for another.
     """
 
     name: str
-    model: str
+    model: str = ""
     ranks: list[int] | int | None = None
     engine_args: dict[str, Any] = {}
+    asleep: bool = False
+    pinned: bool = False
+
+
+class EngineMemory(msgspec.Struct, frozen=True):
+    """What one engine has on one rank, in bytes: on the device (weights and KV cache,
+    while awake) and of host memory (weights, at sleep level 1)."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """What one engine's load or unload took.
+    """What one engine's part of a switch took. `action`: "load", "unload", "sleep",
+    "wake_up" (of an engine woken because the switch failed, too).
 
-    `phases` maps phase to seconds on the slowest rank, in order of execution; memory is
-    bytes per global rank as the device counts it (resident memory on CPU).
+    `phases` maps phase to seconds on the slowest rank, in order of execution,
+    `rank_phases` the same for each rank; `began_s` is the start of it, in seconds after
+    the switch's. Memory is bytes per global rank as the device counts it (resident
+    memory on CPU), `moved_bytes` what was copied between host and device on all ranks.
     """
 
     name: str
@@ -46,13 +61,19 @@ class EngineReport(msgspec.Struct, frozen=True):
     phases: dict[str, float]
     memory_before_bytes: dict[int, int]
     memory_after_bytes: dict[int, int]
+    rank_phases: dict[int, dict[str, float]] = {}
+    began_s: float = 0.0
+    moved_bytes: int = 0
+    sleep_level: int = 0
 
 
 class SwitchReport(msgspec.Struct, frozen=True):
-    """What a `load`, `unload` or `apply` did; seconds on the controller's clock.
+    """What a command that moves engines did; seconds on the controller's clock.
 
     `phases` sums the engines' phases, unloads prefixed by their own names; `kept` names
-    the engines an `apply` left untouched.
+    the engines an `apply` left untouched. `path` says how it was done, in order: such
+    as ["drain", "sleep", "wake_up"]. `unavailable_s` is the time in which neither what
+    goes nor what comes could serve. `error` is set where the pool went back.
     """
 
     action: str
@@ -60,6 +81,9 @@ class SwitchReport(msgspec.Struct, frozen=True):
     phases: dict[str, float]
     engines: list[EngineReport]
     kept: list[str] = []
+    path: list[str] = []
+    unavailable_s: float = 0.0
+    error: str = ""
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -95,10 +119,15 @@ class RankStatus(msgspec.Struct, frozen=True):
     num_file_descriptors: int
     num_threads: int
     num_shm_segments: int
+    num_sockets: int = 0
+    num_process_groups: int = 0
+    num_engines: int = 0
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
-    """One engine as the controller sees it. `ranks[0]` is its leader."""
+    """One engine as the controller sees it. `ranks[0]` is its leader; `sleep_level` is
+    0 while it is awake; `memory` is by global rank; `idle_s` is the time since a
+    request of it ended or it was woken."""
 
     name: str
     model: str
@@ -109,6 +138,10 @@ class EngineStatus(msgspec.Struct, frozen=True):
     num_requests: int
     progress: str = ""
     error: str = ""
+    sleep_level: int = 0
+    pinned: bool = False
+    idle_s: float = 0.0
+    memory: dict[int, EngineMemory] = {}
 
 
 class PoolStatus(msgspec.Struct, frozen=True):
@@ -123,6 +156,8 @@ class PoolStatus(msgspec.Struct, frozen=True):
     engines: list[EngineStatus]
     num_stale_messages: int = 0
     num_protocol_errors: int = 0
+    host_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
 
 
 # ----------------------------------------------------------- client -> controller
@@ -140,12 +175,59 @@ class LoadEngine(FromClient, frozen=True, kw_only=True):
 
 
 class UnloadEngine(FromClient, frozen=True, kw_only=True):
+    """Requests in flight may go on for `drain_s` seconds, then they are aborted; so in
+    every command that has it."""
+
     name: str
     timeout_s: float
+    drain_s: float = 0.0
 
 
 class ApplyLayout(FromClient, frozen=True, kw_only=True):
     engines: list[EngineSpec]
+    timeout_s: float
+    drain_s: float = 0.0
+
+
+class SleepEngine(FromClient, frozen=True, kw_only=True):
+    """Level 1 keeps the weights in host memory, level 2 drops them; an engine asleep at
+    level 1 may be put to level 2."""
+
+    name: str
+    level: int
+    timeout_s: float
+    drain_s: float
+
+
+class WakeUpEngine(FromClient, frozen=True, kw_only=True):
+    """What is awake on its ranks and leaves no room for it is put to sleep."""
+
+    name: str
+    timeout_s: float
+    drain_s: float
+
+
+class SwitchEngines(FromClient, frozen=True, kw_only=True):
+    """Put `old` aside and bring `new` up in its place, or change nothing.
+
+    `new` is an engine that sleeps, by its name, or one to be loaded (on the ranks of
+    `old` where it names none). `strategy`: "sleep" puts `old` to level 1 first;
+    "unload" gives up its memory first, and builds it anew if the switch fails; "stage"
+    builds `new` asleep while `old` goes on serving, then exchanges them.
+    """
+
+    old: str
+    new: EngineSpec
+    timeout_s: float
+    drain_s: float
+    strategy: Literal["sleep", "unload", "stage"] = "sleep"
+
+
+class PrefetchCheckpoint(FromClient, frozen=True, kw_only=True):
+    """Read a checkpoint's files into the page cache of every machine of the pool.
+    `model` is a folder, or the name of a model that pool.toml declares."""
+
+    model: str
     timeout_s: float
 
 
@@ -194,6 +276,14 @@ class SwitchDone(ToClient, frozen=True, kw_only=True):
     report: SwitchReport
 
 
+class CheckpointPrefetched(ToClient, frozen=True, kw_only=True):
+    """`num_bytes` are the checkpoint's, `hosts` the machines that read it."""
+
+    num_bytes: int
+    seconds: float
+    hosts: list[str]
+
+
 class GenerateOutput(ToClient, frozen=True, kw_only=True):
     """Pieces of a stream, or all of a batch (`done` tells the last)."""
 
@@ -230,6 +320,9 @@ class RankGauges(msgspec.Struct, frozen=True):
     num_file_descriptors: int
     num_threads: int
     num_shm_segments: int
+    num_sockets: int = 0
+    num_process_groups: int = 0
+    num_engines: int = 0
 
 
 class Hello(FromRank, frozen=True, kw_only=True):
@@ -266,8 +359,11 @@ class PhaseStarted(FromRank, frozen=True, kw_only=True):
 
 
 class EnginePrepared(FromRank, frozen=True, kw_only=True):
+    """`memory` is what it will need here, as far as files and arguments tell."""
+
     generation: int
     seconds: float
+    memory: EngineMemory = EngineMemory()
 
 
 class EngineBuilt(FromRank, frozen=True, kw_only=True):
@@ -275,6 +371,29 @@ class EngineBuilt(FromRank, frozen=True, kw_only=True):
     phases: dict[str, float]
     memory_before_bytes: int
     memory_after_bytes: int
+    memory: EngineMemory = EngineMemory()
+
+
+class EngineSuspended(FromRank, frozen=True, kw_only=True):
+    """It sleeps here at `level`; `memory` is what it still has, `moved_bytes` what was
+    copied to the host."""
+
+    generation: int
+    level: int
+    phases: dict[str, float]
+    memory_before_bytes: int
+    memory_after_bytes: int
+    memory: EngineMemory
+    moved_bytes: int = 0
+
+
+class EngineResumed(FromRank, frozen=True, kw_only=True):
+    generation: int
+    phases: dict[str, float]
+    memory_before_bytes: int
+    memory_after_bytes: int
+    memory: EngineMemory
+    moved_bytes: int = 0
 
 
 class EngineClosed(FromRank, frozen=True, kw_only=True):
@@ -285,11 +404,19 @@ class EngineClosed(FromRank, frozen=True, kw_only=True):
 
 
 class EngineFailed(FromRank, frozen=True, kw_only=True):
-    """Prepare, build, step or close failed; the rank holds nothing of it any more,
-    unless `phase` is "step" (then the rank waits for `DropEngine`)."""
+    """Prepare, build, step, suspend, resume or close failed; the rank holds nothing of
+    it any more, unless it was built (then the rank waits for `DropEngine`)."""
 
     generation: int
     error: ErrorInfo
+
+
+class CheckpointRead(FromRank, frozen=True, kw_only=True):
+    """The answer to `ReadCheckpoint` of the same `read`."""
+
+    read: int
+    num_bytes: int
+    error: ErrorInfo | None = None
 
 
 class RequestsAccepted(FromRank, frozen=True, kw_only=True):
@@ -359,6 +486,30 @@ class CloseEngine(ToRank, frozen=True, kw_only=True):
     timeout_s: float
 
 
+class SuspendEngine(ToRank, frozen=True, kw_only=True):
+    """Stop the engine at the same step on every rank and put it to sleep; what it still
+    had to do is aborted. Of an engine asleep at level 1: to level 2. Answered by
+    `EngineSuspended`."""
+
+    generation: int
+    level: int
+    timeout_s: float
+
+
+class ResumeEngine(ToRank, frozen=True, kw_only=True):
+    """Wake the engine up; answered by `EngineResumed`."""
+
+    generation: int
+    timeout_s: float
+
+
+class ReadCheckpoint(ToRank, frozen=True, kw_only=True):
+    """Read a checkpoint's files into this machine's page cache, beside all else."""
+
+    read: int
+    model: str
+
+
 class DropEngine(ToRank, frozen=True, kw_only=True):
     """Give up whatever exists of the generation, without the other ranks' help.
 
@@ -400,6 +551,10 @@ ClientMessage = (
     LoadEngine
     | UnloadEngine
     | ApplyLayout
+    | SleepEngine
+    | WakeUpEngine
+    | SwitchEngines
+    | PrefetchCheckpoint
     | Generate
     | CancelGenerate
     | GetStatus
@@ -411,15 +566,24 @@ RankMessage = (
     | PhaseStarted
     | EnginePrepared
     | EngineBuilt
+    | EngineSuspended
+    | EngineResumed
     | EngineClosed
     | EngineFailed
+    | CheckpointRead
     | RequestsAccepted
     | RequestOutput
     | RequestFailed
 )
 ToController = ClientMessage | RankMessage
 ToClientMessage = (
-    Progress | SwitchDone | GenerateOutput | StatusReported | PoolStopped | CallFailed
+    Progress
+    | SwitchDone
+    | CheckpointPrefetched
+    | GenerateOutput
+    | StatusReported
+    | PoolStopped
+    | CallFailed
 )
 ToRankMessage = (
     Welcome
@@ -427,6 +591,9 @@ ToRankMessage = (
     | HelloAgain
     | PrepareEngine
     | BuildEngine
+    | SuspendEngine
+    | ResumeEngine
+    | ReadCheckpoint
     | CloseEngine
     | DropEngine
     | AddRequest

@@ -19,9 +19,12 @@ from vllm_resident.messages import (
     EngineBuilt,
     EngineClosed,
     EngineFailed,
+    EngineMemory,
     EnginePrepared,
+    EngineResumed,
     EngineSpec,
     EngineStatus,
+    EngineSuspended,
     Generate,
     GetStatus,
     Heartbeat,
@@ -31,10 +34,15 @@ from vllm_resident.messages import (
     PrepareEngine,
     RankGauges,
     RankMessage,
+    ResumeEngine,
+    SleepEngine,
     StatusReported,
+    SuspendEngine,
+    SwitchEngines,
     ToClientMessage,
     ToRankMessage,
     UnloadEngine,
+    WakeUpEngine,
 )
 
 HOST_ID = "boot:1"
@@ -43,6 +51,8 @@ ARGS = [
     "model", "max_model_len", "dtype", "tensor_parallel_size",
     "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
 ]  # fmt: skip
+# What every engine of these tests has on each rank, in bytes.
+WEIGHTS = 100
 ALICE, BOB = b"\x00alice", b"\x00bob"
 
 
@@ -143,6 +153,32 @@ class Harness:
         self.client(ApplyLayout(call=call, engines=list(wanted), timeout_s=timeout_s))
         return call
 
+    def sleep(self, name: str, level: int = 1, drain_s: float = 0.0) -> int:
+        call = self.call()
+        self.client(
+            SleepEngine(
+                call=call, name=name, level=level, drain_s=drain_s, timeout_s=60.0
+            )
+        )
+        return call
+
+    def wake_up(self, name: str, drain_s: float = 0.0) -> int:
+        call = self.call()
+        self.client(WakeUpEngine(call=call, name=name, drain_s=drain_s, timeout_s=60.0))
+        return call
+
+    def switch(
+        self, old: str, new: EngineSpec, strategy: str = "sleep", drain_s: float = 0.0
+    ) -> int:
+        call = self.call()
+        self.client(
+            SwitchEngines(
+                call=call, old=old, new=new, strategy=strategy, drain_s=drain_s,
+                timeout_s=60.0,
+            )
+        )  # fmt: skip
+        return call
+
     def generate(self, name: str, stream: bool = False, timeout_s: float = 60.0) -> int:
         call = self.call()
         self.client(
@@ -218,11 +254,27 @@ def answer(rank: int, message: ToRankMessage) -> RankMessage | None:
     """What a rank says to a command that it can carry out."""
     match message:
         case PrepareEngine(generation=generation):
-            return EnginePrepared(rank=rank, generation=generation, seconds=0.1)
+            return EnginePrepared(
+                rank=rank, generation=generation, seconds=0.1,
+                memory=EngineMemory(device_bytes=WEIGHTS),
+            )  # fmt: skip
         case BuildEngine(generation=generation):
             return EngineBuilt(
                 rank=rank, generation=generation, phases={"form": 0.1, "build": 0.2},
                 memory_before_bytes=1, memory_after_bytes=2,
+                memory=EngineMemory(device_bytes=WEIGHTS),
+            )  # fmt: skip
+        case SuspendEngine(generation=generation, level=level):
+            return EngineSuspended(
+                rank=rank, generation=generation, level=level, phases={"stop": 0.01},
+                memory_before_bytes=2, memory_after_bytes=1,
+                memory=EngineMemory(host_bytes=WEIGHTS if level == 1 else 0),
+            )  # fmt: skip
+        case ResumeEngine(generation=generation):
+            return EngineResumed(
+                rank=rank, generation=generation, phases={"resume": 0.01},
+                memory_before_bytes=1, memory_after_bytes=2,
+                memory=EngineMemory(device_bytes=WEIGHTS),
             )  # fmt: skip
         case CloseEngine(generation=generation) | DropEngine(generation=generation):
             return EngineClosed(

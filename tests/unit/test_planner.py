@@ -9,6 +9,7 @@ from vllm_resident.controller.planner import (
     LayoutPlan,
     Placement,
     RankView,
+    Resident,
     choose_ranks,
     complete,
     num_ranks,
@@ -88,13 +89,17 @@ def placed(name: str, *ranks: int, **args: object) -> Placement:
     return Placement(complete(spec(name, list(ranks), **args)), list(ranks))
 
 
+def resident(name: str, *ranks: int, is_awake: bool = True, **args: object) -> Resident:
+    return Resident(placed(name, *ranks, **args), is_awake)
+
+
 def wanted(*specs) -> list:
     return [complete(each) for each in specs]
 
 
 def test_equal_engine_is_kept_where_it_is():
-    plan = plan_layout([placed("a", 2, 3)], wanted(spec("a", 2)), views("...."))
-    assert plan == LayoutPlan(keep=["a"], unload=[], load=[])
+    plan = plan_layout([resident("a", 2, 3)], wanted(spec("a", 2)), views("...."))
+    assert plan == LayoutPlan(keep=["a"], unload=[], load=[], wake_up=[], sleep=[])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +112,7 @@ def test_equal_engine_is_kept_where_it_is():
     ],
 )
 def test_changed_engine_is_loaded_anew(change):
-    plan = plan_layout([placed("a", 0, 1)], wanted(change), views("...."))
+    plan = plan_layout([resident("a", 0, 1)], wanted(change), views("...."))
     assert plan.keep == []
     assert plan.unload == ["a"]
     assert [p.spec.name for p in plan.load] == ["a"]
@@ -115,13 +120,13 @@ def test_changed_engine_is_loaded_anew(change):
 
 def test_default_sizes_spelled_out_are_no_change():
     asked = spec("a", pipeline_parallel_size=1)
-    plan = plan_layout([placed("a", 0)], wanted(asked), views("...."))
+    plan = plan_layout([resident("a", 0)], wanted(asked), views("...."))
     assert plan.keep == ["a"]
 
 
 def test_ranks_of_what_goes_are_free_for_what_comes():
     plan = plan_layout(
-        [placed("a", 0, 1), placed("b", 2)],
+        [resident("a", 0, 1), resident("b", 2)],
         wanted(spec("c", [1, 0]), spec("b"), spec("d")),
         views("...."),
     )
@@ -143,8 +148,8 @@ def test_listed_ranks_are_given_out_before_counted_ones():
 
 
 def test_empty_layout_unloads_everything():
-    plan = plan_layout([placed("a", 0), placed("b", 1)], [], views(".."))
-    assert plan == LayoutPlan(keep=[], unload=["a", "b"], load=[])
+    plan = plan_layout([resident("a", 0), resident("b", 1)], [], views(".."))
+    assert plan == LayoutPlan(keep=[], unload=["a", "b"], load=[], wake_up=[], sleep=[])
 
 
 @pytest.mark.parametrize(
@@ -152,10 +157,10 @@ def test_empty_layout_unloads_everything():
     [
         ((spec("b"), spec("b")), "names b twice"),
         ((spec("b", [0]), spec("c", [0])), "rank 0 is asked for by 'b'"),
-        ((spec("a", 1), spec("c", [0])), "rank 0 is kept by engine 'a'"),
+        ((spec("a", 1), spec("c", [0])), "rank 0 is asked for by 'a'"),
         ((spec("b", 4), spec("c")), "0 of 4 are free"),
     ],
 )
 def test_layout_that_does_not_fit(asked, says):
     with pytest.raises(CommandRejected, match=says):
-        plan_layout([placed("a", 0)], wanted(*asked), views("...."))
+        plan_layout([resident("a", 0)], wanted(*asked), views("...."))

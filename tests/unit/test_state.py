@@ -54,6 +54,7 @@ from vllm_resident.messages import (
     RequestFailed,
     RequestOutput,
     ShutdownPool,
+    SuspendEngine,
     SwitchDone,
     Welcome,
 )
@@ -102,10 +103,10 @@ def test_switch_does_not_go_back():
     harness = Harness()
     harness.load(spec("a"))
     (switch,) = harness.state.switches
-    move_switch(switch, SwitchStage.UNLOADING)
+    move_switch(switch, SwitchStage.STAGING)
     with pytest.raises(IllegalTransition):
         move_switch(switch, SwitchStage.PREPARING)
-    assert switch.stage is SwitchStage.UNLOADING
+    assert switch.stage is SwitchStage.STAGING
     assert set(SWITCH_TRANSITIONS) == set(SwitchStage)
 
 
@@ -595,18 +596,24 @@ def test_apply_prepares_before_it_unloads_and_unloads_before_it_builds():
     assert harness.row("a").phase == "ready"
     for rank in (0, 1):
         harness.rank(EnginePrepared(rank=rank, generation=3, seconds=0))
-    assert [(r, type(m)) for r, m in harness.to_ranks()] == [(0, CloseEngine)]
-    harness.rank(answer(0, CloseEngine(generation=1, timeout_s=1)))
+    # What goes is set aside: asleep, until it is known that what comes serves.
+    assert [(r, type(m)) for r, m in harness.to_ranks()] == [(0, SuspendEngine)]
+    harness.rank(answer(0, SuspendEngine(generation=1, level=1, timeout_s=1)))
     assert ranks_sent(harness, BuildEngine) == [0, 1]
+    harness.rank(answer(0, BuildEngine(generation=3, timeout_s=1)))
+    harness.rank(answer(1, BuildEngine(generation=3, timeout_s=1)))
+    assert [(r, type(m)) for r, m in harness.to_ranks()] == [(0, CloseEngine)]
     harness.answer_all()
     (done,) = harness.to_clients(SwitchDone)
     assert done.call == call
     assert done.report.action == "apply"
     assert done.report.kept == ["keep"]
-    assert [(e.name, e.action) for e in done.report.engines] == [
+    assert sorted((e.name, e.action) for e in done.report.engines) == [
+        ("a", "sleep"),
         ("a", "unload"),
         ("b", "load"),
     ]
+    assert done.report.path == ["sleep", "load", "unload"]
     assert {e.name: e.ranks for e in harness.status().engines} == {
         "keep": [3],
         "b": [0, 1],
@@ -641,7 +648,7 @@ def test_apply_replaces_an_engine_of_the_same_name():
     [
         ([spec("b"), spec("b")], "names b twice"),
         ([spec("b", [1]), spec("c", [1, 2])], "rank 1 is asked for by"),
-        ([spec("a", [0]), spec("b", [0])], "kept by engine 'a'"),
+        ([spec("a", [0]), spec("b", [0])], "rank 0 is asked for by 'a'"),
         ([spec("b", 3), spec("c", 2)], "needs 2"),
         ([spec("b", nonsense=1)], "no engine argument"),
     ],
@@ -668,20 +675,25 @@ def test_layout_with_an_engine_that_cannot_be_configured_changes_nothing():
     assert harness.to_ranks(AddRequest)
 
 
-def test_layout_whose_build_fails_keeps_what_did_load():
+def test_layout_whose_build_fails_is_undone():
     harness = Harness()
     harness.load_ready(spec("a", [0]))
     harness.apply(spec("b", [0]), spec("c", [1]))
     for rank, generation in ((0, 2), (1, 3)):
         harness.rank(EnginePrepared(rank=rank, generation=generation, seconds=0))
-    harness.rank(answer(0, CloseEngine(generation=1, timeout_s=1)))
+    harness.rank(answer(0, SuspendEngine(generation=1, level=1, timeout_s=1)))
     harness.rank(answer(1, BuildEngine(generation=3, timeout_s=1)))
+    held = harness.generate("a")
     harness.rank(failed(0, 2, "CommandRejected"))
     harness.answer_all()
     error = harness.error()
     assert error.kind == "RankFailure"  # something was changed: no rejection
-    assert "unloaded ['a'], loaded ['c'], not loaded ['b']" in error.message
-    assert {e.name: e.phase for e in harness.status().engines} == {"c": "ready"}
+    assert "everything is as it was" in error.message
+    assert {e.name: e.phase for e in harness.status().engines} == {"a": "ready"}
+    assert harness.engine("a").generation == 1
+    ((rank, added),) = harness.to_ranks(AddRequest)
+    assert (rank, added.generation) == (0, 1)
+    assert harness.state.requests[added.request].call == held
 
 
 def test_engines_of_a_running_apply_are_not_touched_by_others():

@@ -42,6 +42,7 @@ from vllm_resident.messages import (
     DropEngine,
     EngineClosed,
     EngineSpec,
+    EngineSuspended,
     ExitRank,
     Generate,
     GenerateOutput,
@@ -55,10 +56,15 @@ from vllm_resident.messages import (
     RankMessage,
     RequestFailed,
     RequestOutput,
+    ResumeEngine,
     ShutdownPool,
+    SleepEngine,
+    SuspendEngine,
     SwitchDone,
+    SwitchEngines,
     ToRankMessage,
     UnloadEngine,
+    WakeUpEngine,
     Welcome,
 )
 
@@ -74,7 +80,10 @@ SPECS = st.builds(
         st.integers(1, WORLD_SIZE),
         st.lists(RANKS, min_size=1, max_size=3, unique=True),
     ),
+    asleep=st.booleans(),
+    pinned=st.sampled_from([False, False, True]),
 )
+DRAINS = st.sampled_from([0.0, 2.0])
 TIMEOUTS = st.sampled_from([1.0, 20.0, 300.0])
 
 
@@ -89,6 +98,8 @@ class ModelRank:
     is_known: bool = False  # greeted, and not given up since
     inbox: list[ToRankMessage] = field(default_factory=list)
     held: set[int] = field(default_factory=set)
+    # Of those held: what has the rank to itself, or soon will.
+    awake: set[int] = field(default_factory=set)
     requests: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -139,9 +150,27 @@ class ControllerMachine(RuleBasedStateMachine):
         if isinstance(message, PrepareEngine):
             self.note_generation(message.generation)
         if isinstance(message, BuildEngine):
-            assert not rank.held, f"rank {rank.rank} is in two engines"
             rank.held.add(message.generation)
+            if self.is_to_serve(message.generation):
+                self.take_rank(rank, message.generation)
+        elif isinstance(message, ResumeEngine):
+            self.take_rank(rank, message.generation)
         rank.inbox.append(message)
+
+    def is_to_serve(self, generation: int) -> bool:
+        """Whether an engine is built to be awake at once."""
+        state = self.pool.state
+        switch = state.switch_of(state.engines[generation])
+        assert switch is not None
+        move = switch.moves_to(state.engines[generation])
+        assert move is not None
+        if move.rebuilt:
+            return move.before == 0
+        return move.after == 0 and switch.strategy != "stage"
+
+    def take_rank(self, rank: ModelRank, generation: int) -> None:
+        assert rank.awake <= {generation}, f"rank {rank.rank} is in two engines"
+        rank.awake.add(generation)
 
     def note_generation(self, generation: int) -> None:
         if generation not in self.generations:
@@ -152,6 +181,7 @@ class ControllerMachine(RuleBasedStateMachine):
         rank.is_alive = rank.is_known = False
         rank.inbox.clear()
         rank.held.clear()
+        rank.awake.clear()
         rank.requests.clear()
         self.take(self.pool.rank_ended(rank.rank, rank.pid, self.now))
 
@@ -180,6 +210,7 @@ class ControllerMachine(RuleBasedStateMachine):
             and isinstance(effects[0], SendToClient)
             and isinstance(effects[0].message, CallFailed)
         ):
+            before.now = self.now
             assert self.pool.state == before, "a rejected command changed something"
         self.take(effects)
 
@@ -187,8 +218,19 @@ class ControllerMachine(RuleBasedStateMachine):
         self.call += 1
         return self.call
 
-    @initialize(number=st.integers(WORLD_SIZE - 1, WORLD_SIZE))
-    def start(self, number: int) -> None:
+    @initialize(
+        number=st.integers(WORLD_SIZE - 1, WORLD_SIZE),
+        host_memory_bytes=st.sampled_from([None, 0, 150, 450]),
+        device_memory_bytes=st.sampled_from([None, None, 50, 100]),
+    )
+    def start(
+        self,
+        number: int,
+        host_memory_bytes: int | None,
+        device_memory_bytes: int | None,
+    ) -> None:
+        self.pool.state.host_memory_bytes = host_memory_bytes
+        self.pool.state.device_memory_bytes = device_memory_bytes
         for rank in self.ranks[:number]:
             rank.is_alive = True
             self.greet(rank)
@@ -207,10 +249,55 @@ class ControllerMachine(RuleBasedStateMachine):
         client=st.sampled_from(CLIENTS),
         specs=st.lists(SPECS, max_size=3),
         timeout_s=TIMEOUTS,
+        drain_s=DRAINS,
     )
-    def apply(self, client: bytes, specs: list[EngineSpec], timeout_s: float) -> None:
-        call = self.next_call()
-        message = ApplyLayout(call=call, engines=specs, timeout_s=timeout_s)
+    def apply(
+        self, client: bytes, specs: list[EngineSpec], timeout_s: float, drain_s: float
+    ) -> None:
+        message = ApplyLayout(
+            call=self.next_call(), engines=specs, timeout_s=timeout_s, drain_s=drain_s
+        )
+        self.command(client, message)
+
+    @rule(
+        client=st.sampled_from(CLIENTS),
+        name=NAMES,
+        level=st.integers(1, 2),
+        timeout_s=TIMEOUTS,
+        drain_s=DRAINS,
+    )
+    def sleep(
+        self, client: bytes, name: str, level: int, timeout_s: float, drain_s: float
+    ) -> None:
+        message = SleepEngine(
+            call=self.next_call(), name=name, level=level, timeout_s=timeout_s,
+            drain_s=drain_s,
+        )  # fmt: skip
+        self.command(client, message)
+
+    @rule(client=st.sampled_from(CLIENTS), name=NAMES, timeout_s=TIMEOUTS)
+    def wake_up(self, client: bytes, name: str, timeout_s: float) -> None:
+        message = WakeUpEngine(
+            call=self.next_call(), name=name, timeout_s=timeout_s, drain_s=0.0
+        )
+        self.command(client, message)
+
+    @rule(
+        client=st.sampled_from(CLIENTS),
+        old=NAMES,
+        new=st.one_of(SPECS, st.builds(EngineSpec, name=NAMES)),
+        strategy=st.sampled_from(["sleep", "unload", "stage"]),
+        timeout_s=TIMEOUTS,
+        drain_s=DRAINS,
+    )
+    def switch(
+        self, client: bytes, old: str, new: EngineSpec, strategy: str,
+        timeout_s: float, drain_s: float,
+    ) -> None:  # fmt: skip
+        message = SwitchEngines(
+            call=self.next_call(), old=old, new=new, strategy=strategy,
+            timeout_s=timeout_s, drain_s=drain_s,
+        )  # fmt: skip
         self.command(client, message)
 
     @rule(
@@ -252,7 +339,13 @@ class ControllerMachine(RuleBasedStateMachine):
         reply = answer(rank.rank, message)
         if isinstance(reply, EngineClosed):
             rank.held.discard(reply.generation)
+            rank.awake.discard(reply.generation)
             rank.requests = {r for r in rank.requests if r[0] != reply.generation}
+        if isinstance(reply, EngineSuspended):
+            rank.awake.discard(reply.generation)
+            for request in sorted(rank.requests):
+                if request[0] == reply.generation:
+                    self.finish_request(rank, request)
         if reply is not None:
             self.say(reply)
 
@@ -306,7 +399,9 @@ class ControllerMachine(RuleBasedStateMachine):
         elif isinstance(message, DropEngine):
             self.reply(rank, message)  # always carried out
         elif not isinstance(message, AbortRequest):
-            rank.held.discard(generation)
+            if not isinstance(message, SuspendEngine | ResumeEngine):
+                rank.held.discard(generation)
+                rank.awake.discard(generation)
             self.say(failed(rank.rank, generation, kind))
 
     @precondition(lambda self: any(rank.held for rank in self.ranks))
@@ -346,6 +441,7 @@ class ControllerMachine(RuleBasedStateMachine):
         before = copy.deepcopy(self.pool.state)
         assert self.pool.rank_message(stray[kind], self.now) == []
         before.num_stale_messages += 1
+        before.now = self.now
         before.ranks[number].silent_s = self.pool.state.ranks[number].silent_s
         assert self.pool.state == before, "a stale message changed something"
 
@@ -398,6 +494,7 @@ class ControllerMachine(RuleBasedStateMachine):
             assert engine.phase not in (EnginePhase.CLOSED, EnginePhase.FAILED)
             is_steady = engine.phase in (
                 EnginePhase.READY,
+                EnginePhase.ASLEEP,
                 EnginePhase.LOST,
                 EnginePhase.UNWINDING,
             )
@@ -405,7 +502,10 @@ class ControllerMachine(RuleBasedStateMachine):
             # Whatever waits has a deadline.
             assert not engine.waiting or engine.deadline is not None
         for request in state.requests.values():
-            assert request.generation in state.engines
+            assert request.generation in state.engines or (
+                # Its engine broke in a switch that will bring it back, or fail this.
+                request.held is not None and state.switches
+            )
         assert state.effects == []
 
     def teardown(self) -> None:
@@ -424,12 +524,24 @@ class ControllerMachine(RuleBasedStateMachine):
         self.everyone_answers()
         assert self.open_calls == set()
         assert {e.phase for e in self.pool.state.engines.values()} <= {
-            EnginePhase.READY
+            EnginePhase.READY,
+            EnginePhase.ASLEEP,
         }
         assert not self.pool.state.switches
+        self.check_host_memory()
         self.command(CLIENTS[0], ShutdownPool(call=self.next_call(), timeout_s=5))
         assert self.is_stopped
         assert self.open_calls == set()
+
+    def check_host_memory(self) -> None:
+        """Over the budget only by what may not be moved."""
+        state = self.pool.state
+        budget = state.host_memory_bytes
+        sleepers = [e for e in state.engines.values() if e.sleep_level == 1]
+        if budget is None or all(e.spec.pinned for e in sleepers):
+            return
+        kept = sum(m.host_bytes for e in sleepers for m in e.memory.values())
+        assert kept <= budget
 
 
 TestControllerMachine = ControllerMachine.TestCase

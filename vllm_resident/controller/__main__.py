@@ -21,9 +21,11 @@ from pathlib import Path
 
 import zmq
 
+from vllm_resident.config import CONFIG_VARIABLE, PoolConfig, read_pool
 from vllm_resident.controller.pool import new_pool
 from vllm_resident.controller.service import Service
 from vllm_resident.errors import ResidentError
+from vllm_resident.journal import Journal
 from vllm_resident.transport import (
     check_bindable,
     controller_endpoint,
@@ -59,6 +61,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--bind", metavar="ENDPOINT",
         help="ipc:///path/to.sock, or tcp://127.0.0.1:PORT (* takes a free port); "
         "default: controller.sock in the pool's folder, which only this user may enter",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", metavar="POOL.toml", default=os.environ.get(CONFIG_VARIABLE),
+        help="what the pool may hold and how much of it: budgets and declared models "
+        f"(default: ${CONFIG_VARIABLE}, else nothing is declared)",
     )  # fmt: skip
     parser.add_argument(
         "--owner-pid", type=int, metavar="PID",
@@ -116,6 +123,7 @@ def write_pool_file(path: Path, content: dict[str, object]) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Run one controller until it is told to end; returns the exit status."""
+    config = read_pool(options.config) if options.config else PoolConfig()
     directory = ensure_private(pool_directory(options.pool))
     endpoint = options.bind or controller_endpoint(options.pool)
     check_bindable(endpoint)
@@ -130,7 +138,12 @@ def serve(options: argparse.Namespace) -> int:
         heartbeat_timeout_s=options.heartbeat_timeout,
         now=time.monotonic(),
     )
-    service = Service(pool, endpoint, options.owner_pid)
+    state = pool.state
+    state.models, state.start_up = config.models, config.start
+    state.host_memory_bytes = config.host_memory_bytes
+    state.device_memory_bytes = config.device_memory_bytes
+    state.awake_per_rank = config.awake_per_rank
+    service = Service(pool, endpoint, Journal(directory), options.owner_pid)
     pool_file = directory / "pool.json"
     try:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_resident.messages import ToClientMessage, ToRankMessage
+from vllm_resident.messages import SwitchReport, ToClientMessage, ToRankMessage
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,25 @@ class Note:
 
 
 @dataclass(frozen=True)
+class RecordTransition:
+    """To be appended to the pool's log of transitions; `began` is monotonic."""
+
+    report: SwitchReport
+    cause: str
+    began: float
+
+
+@dataclass(frozen=True)
 class StopController:
     status: int
 
 
-Effect = SendToRank | SendToClient | WatchProcess | PhaseChanged | Note | StopController
+Effect = (
+    SendToRank
+    | SendToClient
+    | WatchProcess
+    | PhaseChanged
+    | Note
+    | RecordTransition
+    | StopController
+)

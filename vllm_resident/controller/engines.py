@@ -10,9 +10,11 @@ from collections.abc import Iterable
 
 import msgspec
 
-from vllm_resident.controller import requests
+from vllm_resident.controller import reports, requests
 from vllm_resident.controller.state import (
+    ENGINE_BUILT,
     ENGINE_GONE,
+    ENGINE_MOVING,
     Engine,
     EnginePhase,
     PoolState,
@@ -30,9 +32,13 @@ from vllm_resident.messages import (
     EngineClosed,
     EngineFailed,
     EnginePrepared,
+    EngineResumed,
     EngineSpec,
+    EngineSuspended,
     PhaseStarted,
     PrepareEngine,
+    ResumeEngine,
+    SuspendEngine,
 )
 
 DROP_TIMEOUT_S = 10.0
@@ -45,7 +51,13 @@ BLAME_S = 1.0
 MAX_RESTORES = 3
 
 _LOADING = (EnginePhase.PREPARING, EnginePhase.PREPARED, EnginePhase.BUILDING)
-_WORD = {EnginePhase.PREPARING: "prepare", EnginePhase.BUILDING: "build"}
+_WORD = {
+    EnginePhase.PREPARING: "prepare",
+    EnginePhase.BUILDING: "build",
+    EnginePhase.SUSPENDING: "sleep",
+    EnginePhase.RESUMING: "wake_up",
+}
+_P = EnginePhase
 # Errors that say by themselves what happened: a rank lost later did not cause them.
 _CONCLUSIVE = ("CommandRejected", "RankDiverged", "RankLost", "RankTimeout",
                "ReleaseIncomplete")  # fmt: skip
@@ -131,6 +143,55 @@ def close(state: PoolState, engine: Engine, deadline: float, now: float) -> None
         )
 
 
+def drain(state: PoolState, engine: Engine, now: float) -> None:
+    """Let a ready engine finish what it has; what comes in is held."""
+    move_engine(state, engine, EnginePhase.DRAINING, now)
+    note_progress(state, engine, "drain", now)
+
+
+def undrain(state: PoolState, engine: Engine, now: float) -> None:
+    move_engine(state, engine, EnginePhase.READY, now)
+    requests.release(state, engine)
+
+
+def suspend(
+    state: PoolState, engine: Engine, level: int, deadline: float, now: float
+) -> None:
+    """Put an awake engine to sleep, or a sleeping one to a deeper level."""
+    _set_in_motion(state, engine, EnginePhase.SUSPENDING, deadline, now)
+    engine.suspended = {}
+    timeout_s = max(deadline - now, MIN_TIMEOUT_S)
+    for rank in engine.ranks:
+        state.send_to_rank(
+            rank,
+            SuspendEngine(
+                generation=engine.generation, level=level, timeout_s=timeout_s
+            ),
+        )
+
+
+def resume(state: PoolState, engine: Engine, deadline: float, now: float) -> None:
+    """Wake a sleeping engine up; there is room for it on its ranks."""
+    _set_in_motion(state, engine, EnginePhase.RESUMING, deadline, now)
+    engine.resumed = {}
+    timeout_s = max(deadline - now, MIN_TIMEOUT_S)
+    for rank in engine.ranks:
+        state.send_to_rank(
+            rank, ResumeEngine(generation=engine.generation, timeout_s=timeout_s)
+        )
+
+
+def _set_in_motion(
+    state: PoolState, engine: Engine, phase: EnginePhase, deadline: float, now: float
+) -> None:
+    move_engine(state, engine, phase, now)
+    engine.motion_began = now
+    engine.waiting = set(engine.ranks)
+    engine.deadline = max(deadline, now + MIN_TIMEOUT_S) + ANSWER_GRACE_S
+    engine.progress = []
+    note_progress(state, engine, phase.value, now)
+
+
 def unwind(
     state: PoolState, engine: Engine, error: ErrorInfo | None, now: float
 ) -> None:
@@ -187,7 +248,7 @@ def _end(state: PoolState, engine: Engine, now: float) -> None:
 def on_phase_started(
     state: PoolState, engine: Engine, message: PhaseStarted, now: float
 ) -> None:
-    if engine.phase not in (EnginePhase.READY, EnginePhase.LOST):
+    if engine.phase in ENGINE_MOVING:
         note_progress(state, engine, message.phase, now)
 
 
@@ -198,6 +259,7 @@ def on_prepared(
     if engine.phase is not EnginePhase.PREPARING:
         return engine.phase in (EnginePhase.UNWINDING, EnginePhase.LOST)
     engine.waiting.discard(message.rank)
+    engine.awake_memory[message.rank] = message.memory
     if not engine.waiting:
         engine.prepared_at = now
         move_engine(state, engine, EnginePhase.PREPARED, now)
@@ -211,13 +273,50 @@ def on_built(
         return engine.phase in (EnginePhase.UNWINDING, EnginePhase.LOST)
     engine.waiting.discard(message.rank)
     engine.built[message.rank] = message
+    engine.memory[message.rank] = engine.awake_memory[message.rank] = message.memory
     if not engine.waiting:
-        engine.ready_at = now
+        engine.ready_at = engine.last_used = now
         engine.deadline = None
         engine.num_restores = 0
         engine.keeps_failure = False
         move_engine(state, engine, EnginePhase.READY, now)
         state.failed.pop(engine.name, None)
+    return True
+
+
+def on_suspended(
+    state: PoolState, engine: Engine, message: EngineSuspended, now: float
+) -> bool:
+    if engine.phase is not EnginePhase.SUSPENDING:
+        return engine.phase in (EnginePhase.UNWINDING, EnginePhase.LOST)
+    engine.waiting.discard(message.rank)
+    engine.suspended[message.rank] = message
+    engine.memory[message.rank] = message.memory
+    if not engine.waiting:
+        engine.deadline = None
+        engine.sleep_level = message.level
+        move_engine(state, engine, EnginePhase.ASLEEP, now)
+        if switch := state.switch_of(engine):
+            switch.reports.append(reports.sleep_report(engine, switch, now))
+    return True
+
+
+def on_resumed(
+    state: PoolState, engine: Engine, message: EngineResumed, now: float
+) -> bool:
+    if engine.phase is not EnginePhase.RESUMING:
+        return engine.phase in (EnginePhase.UNWINDING, EnginePhase.LOST)
+    engine.waiting.discard(message.rank)
+    engine.resumed[message.rank] = message
+    engine.memory[message.rank] = engine.awake_memory[message.rank] = message.memory
+    if not engine.waiting:
+        engine.deadline = None
+        engine.sleep_level = 0
+        engine.last_used = now
+        move_engine(state, engine, EnginePhase.READY, now)
+        if switch := state.switch_of(engine):
+            switch.reports.append(reports.wake_report(engine, switch, now))
+        requests.release(state, engine)
     return True
 
 
@@ -237,10 +336,12 @@ def on_failed(
 ) -> None:
     """The first error counts; what the other ranks say of it is its echo."""
     error = _complete(engine, message)
-    if engine.phase in _LOADING:
+    if engine.phase is EnginePhase.SUSPENDING and error.kind == "CommandRejected":
+        _on_refused(state, engine, message.rank, error, now)
+    elif engine.phase in _LOADING:
         unwind(state, engine, error, now)
-    elif engine.phase is EnginePhase.READY:
-        engine.keeps_failure = True
+    elif engine.phase in ENGINE_BUILT:
+        engine.keeps_failure = not _is_new(state, engine)
         _blame_requests(state, engine, error, now)
         unwind(state, engine, error, now)
     elif engine.phase is EnginePhase.CLOSING:
@@ -250,6 +351,30 @@ def on_failed(
         engine.error = engine.error or error
         engine.waiting.discard(message.rank)
         _settle(state, engine, now)
+
+
+def _on_refused(
+    state: PoolState, engine: Engine, rank: int, error: ErrorInfo, now: float
+) -> None:
+    """A rank cannot put it to that level, and has changed nothing; so say they all."""
+    engine.waiting.discard(rank)
+    if engine.waiting:
+        return
+    engine.deadline = None
+    engine.keeps_weights = True
+    if switch := state.switch_of(engine):
+        switch.refusal = switch.refusal or error
+    if engine.sleep_level:
+        move_engine(state, engine, EnginePhase.ASLEEP, now)
+    else:
+        undrain(state, engine, now)
+
+
+def _is_new(state: PoolState, engine: Engine) -> bool:
+    """Whether a running switch brings it: its caller is told of the failure."""
+    switch = state.switch_of(engine)
+    move = switch.moves_to(engine) if switch else None
+    return move is not None and move.before is None
 
 
 def _complete(engine: Engine, message: EngineFailed) -> ErrorInfo:
@@ -290,7 +415,7 @@ def on_rank_lost(
     """A rank of the engine is gone. An engine that served is kept as LOST."""
     engine.waiting.discard(rank.rank)
     error = _loss(engine, rank, what)
-    if engine.phase is EnginePhase.READY:
+    if engine.phase in ENGINE_BUILT:
         _lose(state, engine, error, now)
     elif engine.phase in _LOADING:
         if _is_restorable(engine):
@@ -354,6 +479,10 @@ def expire(
     if engine.phase in _LOADING:
         unwind(state, engine, _too_late(engine, now).to_info(), now)
         return set(), None
+    if engine.phase in (EnginePhase.SUSPENDING, EnginePhase.RESUMING):
+        engine.keeps_failure = not _is_new(state, engine)
+        unwind(state, engine, _too_late(engine, now).to_info(), now)
+        return set(), None
     error = _too_late(engine, now)
     engine.error = engine.error or error.to_info()
     return set(engine.waiting), error
@@ -364,11 +493,12 @@ def _too_late(engine: Engine, now: float) -> RankTimeout:
     names = sorted(engine.waiting)
     if engine.phase is EnginePhase.PREPARED:
         text = f"engine {engine.name!r}: its ranks were not free in time"
-    elif engine.phase in _LOADING:
+    elif engine.phase in ENGINE_MOVING - {_P.CLOSING, _P.UNWINDING}:
+        began = engine.started if engine.phase in _LOADING else engine.since
         text = (
             f"engine {engine.name!r}: rank(s) {names} did not finish {word!r} (last "
             f"phase {engine.progress[-1] if engine.progress else word!r}) within "
-            f"{now - engine.started:.1f} s"
+            f"{now - began:.1f} s"
         )
     else:
         text = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import msgspec
 
@@ -41,12 +42,34 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """An engine that is there. `can_move` is false where something else moves it."""
+
+    placement: Placement
+    is_awake: bool
+    last_used: float = 0.0
+    pinned: bool = False
+    can_move: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.placement.spec.name
+
+    @property
+    def ranks(self) -> list[int]:
+        return self.placement.ranks
+
+
+@dataclass(frozen=True)
 class LayoutPlan:
-    """What `apply` does, by engine name for what exists."""
+    """What `apply` does, by engine name for what exists. `wake_up` and `sleep` are
+    engines that are as asked but for that."""
 
     keep: list[str]
     unload: list[str]
     load: list[Placement]
+    wake_up: list[str]
+    sleep: list[str]
 
 
 def num_ranks(spec: EngineSpec) -> int:
@@ -141,36 +164,122 @@ def _is_one_host(block: Iterable[int], free: Mapping[int, RankView]) -> bool:
 
 
 def plan_layout(
-    current: Sequence[Placement],
+    current: Sequence[Resident],
     wanted: Sequence[EngineSpec],
     views: Sequence[RankView],
+    awake_per_rank: int = 1,
 ) -> LayoutPlan:
     """Turn `current` into `wanted` (completed specs) with the least change.
 
     An engine is kept where it is when name, model, engine_args and, if listed, ranks
-    are as asked; kept engines never move. `views` hold the obstacles that remain when
-    every engine of `current` is gone. Listed ranks are given out before counted ones,
-    larger engines before smaller.
+    are as asked; kept engines never move, but may be woken or put to sleep. `views`
+    hold the obstacles that remain when every engine of `current` is gone. Engines that
+    are to sleep need no room. Listed ranks are given out before counted ones, larger
+    engines before smaller.
     """
     _check_distinct(wanted)
-    by_name = {placement.spec.name: placement for placement in current}
-    keep = [s for s in wanted if s.name in by_name and _is_as_asked(by_name[s.name], s)]
+    by_name = {each.name: each for each in current}
+    keep = [
+        s
+        for s in wanted
+        if s.name in by_name and _is_as_asked(by_name[s.name].placement, s)
+    ]
     kept = {spec.name for spec in keep}
-    taken = {
-        rank: f"is kept by engine {name!r}" for name in kept
-        for rank in by_name[name].ranks
-    }  # fmt: skip
+    awake = [by_name[s.name].placement for s in keep if not s.asleep]
+    check_together(awake, awake_per_rank)
     load = [spec for spec in wanted if spec.name not in kept]
     placed: dict[str, list[int]] = {}
     for spec in sorted(load, key=lambda s: (s.ranks is None or isinstance(s.ranks, int),
                                             -num_ranks(s))):  # fmt: skip
-        ranks = choose_ranks(spec, _with_taken(views, taken))
-        placed[spec.name] = ranks
-        taken.update(dict.fromkeys(ranks, f"is asked for by {spec.name!r}"))
+        obstacles = {} if spec.asleep else _full_ranks(awake, awake_per_rank)
+        placed[spec.name] = choose_ranks(spec, _with_taken(views, obstacles))
+        if not spec.asleep:
+            awake.append(Placement(spec, placed[spec.name]))
+            check_together(awake, awake_per_rank)
     return LayoutPlan(
-        keep=[spec.name for spec in keep],
+        keep=[s.name for s in keep if by_name[s.name].is_awake is not s.asleep],
         unload=[name for name in by_name if name not in kept],
         load=[Placement(spec, placed[spec.name]) for spec in load],
+        wake_up=[s.name for s in keep if not s.asleep and not by_name[s.name].is_awake],
+        sleep=[s.name for s in keep if s.asleep and by_name[s.name].is_awake],
+    )
+
+
+def _full_ranks(awake: Sequence[Placement], awake_per_rank: int) -> dict[int, str]:
+    names: dict[int, list[str]] = {}
+    for placement in awake:
+        for rank in placement.ranks:
+            names.setdefault(rank, []).append(repr(placement.spec.name))
+    return {
+        rank: f"is asked for by {', '.join(there)}"
+        for rank, there in names.items()
+        if len(there) >= awake_per_rank
+    }
+
+
+def check_together(awake: Sequence[Placement], awake_per_rank: int) -> None:
+    """Raise unless these engines can be awake at the same time.
+
+    Where two engines of several ranks share one, they must have the same leader: a
+    leader steps one engine after the other, so no rank ever waits in one engine for a
+    rank that waits for it in another.
+    """
+    full = _full_ranks(awake, awake_per_rank + 1)
+    for rank, reason in sorted(full.items()):
+        raise CommandRejected(
+            f"rank {rank} {reason}, but {awake_per_rank} engine(s) may be awake on a "
+            "rank (awake_per_rank): let one sleep"
+        )
+    wide = [placement for placement in awake if len(placement.ranks) > 1]
+    for first, second in combinations(wide, 2):
+        if reason := leader_conflict(first, second):
+            raise CommandRejected(reason)
+
+
+def leader_conflict(first: Placement, second: Placement) -> str:
+    """Why the two cannot be awake together, if they cannot."""
+    if min(len(first.ranks), len(second.ranks)) < 2:
+        return ""
+    shared = set(first.ranks) & set(second.ranks)
+    if not shared or first.ranks[0] == second.ranks[0]:
+        return ""
+    return (
+        f"engines {first.spec.name!r} (ranks {_join(first.ranks)}) and "
+        f"{second.spec.name!r} (ranks {_join(second.ranks)}) share rank "
+        f"{_join(sorted(shared))} but not their first rank: they cannot be awake at "
+        "the same time"
+    )
+
+
+def make_room(
+    wanted: Placement, awake: Sequence[Resident], awake_per_rank: int
+) -> list[str]:
+    """Which awake engines must sleep so that `wanted` can be awake: the least recently
+    used of each full rank. Raises where what is in the way cannot be moved."""
+    leaving = [
+        _movable(wanted, [other])
+        for other in awake
+        if leader_conflict(wanted, other.placement)
+    ]
+    for rank in wanted.ranks:
+        there = [e for e in awake if rank in e.ranks and e not in leaving]
+        while len(there) >= awake_per_rank:
+            leaving.append(_movable(wanted, there))
+            there.remove(leaving[-1])
+    return [each.name for each in leaving]
+
+
+def _movable(wanted: Placement, in_the_way: Sequence[Resident]) -> Resident:
+    free = [each for each in in_the_way if each.can_move and not each.pinned]
+    if free:
+        return min(free, key=lambda each: each.last_used)
+    reasons = ", ".join(
+        f"{each.name!r} ({'pinned' if each.pinned else 'being moved'})"
+        for each in in_the_way
+    )
+    raise CommandRejected(
+        f"engine {wanted.spec.name!r}: no room on its ranks {_join(wanted.ranks)}, in "
+        f"the way: {reasons}"
     )
 
 

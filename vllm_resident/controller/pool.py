@@ -6,7 +6,15 @@ come out in the order in which they must be done. `service.py` is the only calle
 
 from __future__ import annotations
 
-from vllm_resident.controller import engines, ranks, reports, requests, switches
+from vllm_resident.controller import (
+    commands,
+    engines,
+    prefetch,
+    ranks,
+    reports,
+    requests,
+    switches,
+)
 from vllm_resident.controller.effects import Effect, Note, StopController
 from vllm_resident.controller.state import (
     ENGINE_GONE,
@@ -25,23 +33,25 @@ from vllm_resident.errors import (
 )
 from vllm_resident.messages import (
     AddRequest,
-    ApplyLayout,
     CallFailed,
     CancelGenerate,
+    CheckpointRead,
     ClientMessage,
     EngineBuilt,
     EngineClosed,
     EngineFailed,
     EnginePrepared,
+    EngineResumed,
+    EngineSuspended,
     ExitRank,
     FromRank,
     Generate,
     GetStatus,
     Heartbeat,
     Hello,
-    LoadEngine,
     PhaseStarted,
     PoolStopped,
+    PrefetchCheckpoint,
     Progress,
     RankMessage,
     RequestFailed,
@@ -50,7 +60,6 @@ from vllm_resident.messages import (
     ShutdownPool,
     StatusReported,
     ToRankMessage,
-    UnloadEngine,
 )
 
 
@@ -66,6 +75,7 @@ class Pool:
         self, client: bytes, message: ClientMessage, now: float
     ) -> list[Effect]:
         """A client's command. Rejected, it is answered and nothing is changed."""
+        self.state.now = now
         try:
             self._command(client, message, now)
         except ResidentError as error:
@@ -79,12 +89,14 @@ class Pool:
         switches go on."""
         requests.client_gone(self.state, client)
         switches.client_gone(self.state, client)
+        prefetch.client_gone(self.state, client)
         if stop := self.state.stop:
             stop.callers = [caller for caller in stop.callers if caller[0] != client]
         return self._take()
 
     def rank_message(self, message: RankMessage, now: float) -> list[Effect]:
         """A message whose sender proved to be `message.rank`."""
+        self.state.now = now
         if isinstance(message, Hello):
             ranks.on_hello(self.state, message, now)
         elif isinstance(message, Heartbeat):
@@ -133,12 +145,14 @@ class Pool:
     def tick(self, now: float) -> list[Effect]:
         """Time passed; a few times a second."""
         state = self.state
+        state.now = now
         elapsed_s = 0.0 if state.last_tick is None else now - state.last_tick
         state.last_tick = now
         ranks.tick(state, elapsed_s, now)
         self._expire_engines(now)
         requests.tick(state, now)
         switches.tick(state, now)
+        prefetch.tick(state, now)
         return self._settle(now)
 
     def stop(self, timeout_s: float, now: float) -> list[Effect]:
@@ -162,13 +176,12 @@ class Pool:
             raise CommandRejected(f"pool {self.state.name!r} is stopping")
         check_timeout(message.timeout_s)
         self._check_call(client, message.call)
+        if isinstance(message, commands.SwitchCommand):
+            commands.run(self.state, client, message, now)
+            return
         match message:
-            case LoadEngine():
-                switches.load(self.state, client, message, now)
-            case UnloadEngine():
-                switches.unload(self.state, client, message, now)
-            case ApplyLayout():
-                switches.apply(self.state, client, message, now)
+            case PrefetchCheckpoint():
+                prefetch.start(self.state, client, message, now)
             case Generate():
                 requests.generate(self.state, client, message, now)
             case ShutdownPool():
@@ -180,7 +193,7 @@ class Pool:
         state = self.state
         calls = {(switch.client, switch.call) for switch in state.switches}
         calls |= {(request.client, request.call) for request in state.requests.values()}
-        if (client, call) in calls:
+        if (client, call) in calls or prefetch.is_call(state, client, call):
             raise CommandRejected(f"call number {call} is in use: number calls anew")
 
     # -------------------------------------------------------- what ranks say
@@ -196,6 +209,9 @@ class Pool:
         """Hand the message to the engine it is of; False if it is stale."""
         assert not isinstance(message, Hello | Heartbeat)
         state = self.state
+        if isinstance(message, CheckpointRead):
+            prefetch.on_read(state, message, now)
+            return True
         rank = state.ranks[message.rank]
         if isinstance(message, EngineClosed) and ranks.on_leftover_closed(
             state, rank, message, now
@@ -223,6 +239,10 @@ class Pool:
                 return engines.on_prepared(state, engine, message, now)
             case EngineBuilt():
                 return engines.on_built(state, engine, message, now)
+            case EngineSuspended():
+                return engines.on_suspended(state, engine, message, now)
+            case EngineResumed():
+                return engines.on_resumed(state, engine, message, now)
             case EngineClosed():
                 return engines.on_closed(state, engine, message, now)
             case EngineFailed():
@@ -272,6 +292,7 @@ class Pool:
         error = CommandRejected(f"pool {state.name!r} is stopping").to_info()
         for request in list(state.requests.values()):
             requests.fail(state, request, error)
+        prefetch.fail_all(state, error)
         for switch in state.switches:
             answer = CallFailed(call=switch.call, error=error)
             state.send_to_client(switch.client, answer)
@@ -288,10 +309,14 @@ class Pool:
         if state.stop is not None:
             self._finish_stop(state.stop, now)
             return self._take()
-        moved = True
-        while moved:
-            moved = any(switches.advance(state, s, now) for s in state.switches)
-        switches.restore(state, now)
+        num_switches = -1
+        while num_switches != len(state.switches):
+            while any(switches.advance(state, s, now) for s in state.switches):
+                pass
+            num_switches = len(state.switches)
+            switches.restore(state, now)
+            commands.start_declared(state, now)
+            commands.demote_for_budget(state, now)
         return self._take()
 
     def _finish_stop(self, stop: Stop, now: float) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from vllm_resident.controller.state import (
+    ENGINE_MOVING,
     Engine,
     EnginePhase,
     PoolState,
@@ -16,7 +19,9 @@ from vllm_resident.messages import (
     EngineBuilt,
     EngineClosed,
     EngineReport,
+    EngineResumed,
     EngineStatus,
+    EngineSuspended,
     PoolStatus,
     RankGauges,
     RankStatus,
@@ -26,10 +31,23 @@ from vllm_resident.messages import (
 _NO_GAUGES = RankGauges(0, 0, 0, 0, 0)
 
 
-def load_report(engine: Engine) -> EngineReport:
-    """Of an engine that became ready. The phases add up to `seconds`: "prepare", then
-    "wait" for the unloads of the same switch, then the slowest rank's own, then what
-    no rank accounts for."""
+def of_moves(switch: Switch, now: float) -> list[EngineReport]:
+    """Of the engines that the switch loaded and unloaded; of those that slept or woke
+    it has the reports already."""
+    reports = []
+    for move in switch.moves:
+        engine = move.engine
+        is_new = move.before is None or move.rebuilt
+        if is_new and engine.ready_at is not None and engine.build_began is not None:
+            reports.append(_load_report(engine, switch))
+        elif engine.phase is EnginePhase.CLOSED and engine.close_began is not None:
+            reports.append(_unload_report(engine, switch, now))
+    return reports
+
+
+def _load_report(engine: Engine, switch: Switch) -> EngineReport:
+    """The phases add up to `seconds`: "prepare", then "wait" for what goes in the same
+    switch, then the slowest rank's own, then what no rank accounts for."""
     assert engine.prepared_at is not None
     assert engine.build_began is not None
     assert engine.ready_at is not None
@@ -37,22 +55,50 @@ def load_report(engine: Engine) -> EngineReport:
         "prepare": engine.prepared_at - engine.started,
         "wait": engine.build_began - engine.prepared_at,
     }
-    return _report(
+    report = _report(
         engine, "load", before, engine.built, engine.ready_at - engine.started
     )
+    return msgspec.structs.replace(report, began_s=engine.started - switch.started)
 
 
-def unload_report(engine: Engine, now: float) -> EngineReport:
-    """Of an engine of which nothing is left."""
+def _unload_report(engine: Engine, switch: Switch, now: float) -> EngineReport:
     began = now if engine.close_began is None else engine.close_began
-    return _report(engine, "unload", {}, engine.closed, now - began)
+    report = _report(engine, "unload", {}, engine.closed, engine.since - began)
+    return msgspec.structs.replace(report, began_s=began - switch.started)
+
+
+def sleep_report(engine: Engine, switch: Switch, now: float) -> EngineReport:
+    return _motion_report(engine, switch, "sleep", engine.suspended, now)
+
+
+def wake_report(engine: Engine, switch: Switch, now: float) -> EngineReport:
+    return _motion_report(engine, switch, "wake_up", engine.resumed, now)
+
+
+def _motion_report(
+    engine: Engine,
+    switch: Switch,
+    action: str,
+    answers: Mapping[int, EngineSuspended] | Mapping[int, EngineResumed],
+    now: float,
+) -> EngineReport:
+    report = _report(engine, action, {}, answers, now - engine.motion_began)
+    return msgspec.structs.replace(
+        report,
+        began_s=engine.motion_began - switch.started,
+        moved_bytes=sum(answer.moved_bytes for answer in answers.values()),
+        sleep_level=engine.sleep_level,
+    )
 
 
 def _report(
     engine: Engine,
     action: str,
     phases: dict[str, float],
-    answers: Mapping[int, EngineBuilt] | Mapping[int, EngineClosed],
+    answers: Mapping[int, EngineBuilt]
+    | Mapping[int, EngineClosed]
+    | Mapping[int, EngineSuspended]
+    | Mapping[int, EngineResumed],
     seconds: float,
 ) -> EngineReport:
     slowest: dict[str, float] = max(
@@ -71,22 +117,33 @@ def _report(
         phases=phases,
         memory_before_bytes={r: a.memory_before_bytes for r, a in answers.items()},
         memory_after_bytes={r: a.memory_after_bytes for r, a in answers.items()},
+        rank_phases={r: a.phases for r, a in answers.items()},
     )
 
 
 def switch_report(switch: Switch, now: float) -> SwitchReport:
+    reports = sorted(switch.reports, key=lambda report: report.began_s)
     phases: dict[str, float] = {}
-    for report in switch.reports:
-        prefix = f"{report.name}." if report.action == "unload" else ""
+    for report in reports:
+        prefix = f"{report.name}." if report.action in ("unload", "sleep") else ""
         for phase, seconds in report.phases.items():
             phases[prefix + phase] = phases.get(prefix + phase, 0.0) + seconds
     return SwitchReport(
         action=switch.action,
         seconds=now - switch.started,
         phases=phases,
-        engines=switch.reports,
+        engines=reports,
         kept=switch.kept,
+        path=switch.path,
+        unavailable_s=_unavailable_s(switch),
+        error=switch.error.message if switch.error else "",
     )
+
+
+def _unavailable_s(switch: Switch) -> float:
+    if switch.aside_began is None or switch.up_at is None:
+        return 0.0
+    return switch.up_at - switch.aside_began
 
 
 def pool_status(state: PoolState, now: float) -> PoolStatus:
@@ -97,9 +154,11 @@ def pool_status(state: PoolState, now: float) -> PoolStatus:
         controller_pid=state.controller_pid,
         uptime_s=now - state.started,
         ranks=[_rank_status(state, rank) for rank in state.ranks.values()],
-        engines=_engine_rows(state),
+        engines=_engine_rows(state, now),
         num_stale_messages=state.num_stale_messages,
         num_protocol_errors=state.num_protocol_errors,
+        host_memory_bytes=state.host_memory_bytes,
+        device_memory_bytes=state.device_memory_bytes,
     )
 
 
@@ -122,21 +181,22 @@ def _rank_status(state: PoolState, rank: Rank) -> RankStatus:
         num_file_descriptors=gauges.num_file_descriptors,
         num_threads=gauges.num_threads,
         num_shm_segments=gauges.num_shm_segments,
+        num_sockets=gauges.num_sockets,
+        num_process_groups=gauges.num_process_groups,
+        num_engines=gauges.num_engines,
     )
 
 
-def _engine_rows(state: PoolState) -> list[EngineStatus]:
+def _engine_rows(state: PoolState, now: float) -> list[EngineStatus]:
     """One row per name: the engine that has it now, else its last failure."""
     rows: dict[str, Engine] = {}
     for engine in (*state.engines.values(), *state.failed.values()):
         rows.setdefault(engine.name, engine)
-    return [_engine_status(state, engine) for engine in rows.values()]
+    return [_engine_status(state, engine, now) for engine in rows.values()]
 
 
-def _engine_status(state: PoolState, engine: Engine) -> EngineStatus:
-    is_moving = engine.phase not in (
-        EnginePhase.READY, EnginePhase.LOST, EnginePhase.FAILED,
-    )  # fmt: skip
+def _engine_status(state: PoolState, engine: Engine, now: float) -> EngineStatus:
+    is_moving = engine.phase in (*ENGINE_MOVING, EnginePhase.PREPARED)
     requests = [r for r in state.requests.values() if r.generation == engine.generation]
     return EngineStatus(
         name=engine.name,
@@ -148,4 +208,8 @@ def _engine_status(state: PoolState, engine: Engine) -> EngineStatus:
         num_requests=len(requests),
         progress=engine.progress[-1] if is_moving and engine.progress else "",
         error=engine.error.message if engine.error else "",
+        sleep_level=engine.sleep_level,
+        pinned=engine.spec.pinned,
+        idle_s=now - engine.last_used if engine.ready_at and not requests else 0.0,
+        memory=engine.memory,
     )

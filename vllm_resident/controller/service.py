@@ -20,6 +20,7 @@ from vllm_resident.controller.effects import (
     Effect,
     Note,
     PhaseChanged,
+    RecordTransition,
     SendToClient,
     SendToRank,
     StopController,
@@ -27,6 +28,7 @@ from vllm_resident.controller.effects import (
 )
 from vllm_resident.controller.pool import Pool
 from vllm_resident.errors import ProtocolError, ResidentError
+from vllm_resident.journal import Journal, Transition
 from vllm_resident.messages import (
     CallFailed,
     ClientMessage,
@@ -57,11 +59,15 @@ def rank_identity(rank: int) -> bytes:
 class Service:
     """Binds `endpoint`; `run` returns the exit status. Not reusable, one thread.
 
-    With `owner_pid`, the pool is stopped when that process ends.
+    Every transition goes to `journal`. With `owner_pid`, the pool is stopped when that
+    process ends.
     """
 
-    def __init__(self, pool: Pool, endpoint: str, owner_pid: int | None = None) -> None:
+    def __init__(
+        self, pool: Pool, endpoint: str, journal: Journal, owner_pid: int | None = None
+    ) -> None:
         self._pool = pool
+        self._journal = journal
         self._effects: deque[Effect] = deque()
         self._watched: dict[int, tuple[int, int]] = {}  # pidfd -> rank, pid
         self._decoder: Decoder[ClientMessage | RankMessage] = Decoder(ToController)
@@ -199,10 +205,24 @@ class Service:
                 self._watch(effect)
             case PhaseChanged():
                 log_phase(effect)
+            case RecordTransition():
+                self._record(effect)
             case Note():
                 logger.warning("%s", effect.text)
             case StopController():
                 self._status = effect.status
+
+    def _record(self, effect: RecordTransition) -> None:
+        # The report's seconds are of a clock that nobody else has.
+        age_s = time.monotonic() - effect.began
+        self._journal.append(
+            Transition(
+                began_unix_s=time.time() - age_s,
+                pool=self._pool.state.name,
+                cause=effect.cause,
+                report=effect.report,
+            )
+        )
 
     def _send_to_rank(self, effect: SendToRank) -> None:
         rank, message = effect.rank, effect.message

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from vllm_resident.controller.effects import (
     Effect,
@@ -18,17 +20,24 @@ from vllm_resident.controller.effects import (
 )
 from vllm_resident.errors import ErrorInfo
 from vllm_resident.messages import (
+    AddRequest,
     Completion,
     EngineBuilt,
     EngineClosed,
+    EngineMemory,
     EngineReport,
+    EngineResumed,
     EngineSpec,
+    EngineSuspended,
     Hello,
     Progress,
     RankGauges,
     ToClientMessage,
     ToRankMessage,
 )
+
+if TYPE_CHECKING:
+    from vllm_resident.controller.prefetch import Prefetch
 
 
 class RankPhase(Enum):
@@ -43,6 +52,10 @@ class EnginePhase(Enum):
     PREPARED = "prepared"  # waits for the other engines of its switch
     BUILDING = "building"
     READY = "ready"
+    DRAINING = "draining"  # finishes what it has; what comes in is held
+    SUSPENDING = "suspending"
+    ASLEEP = "asleep"
+    RESUMING = "resuming"
     CLOSING = "closing"
     UNWINDING = "unwinding"  # failed or cut short: every rank drops it
     LOST = "lost"  # a rank is gone; restored when all are back
@@ -51,10 +64,15 @@ class EnginePhase(Enum):
 
 
 class SwitchStage(Enum):
-    PREPARING = "preparing"
-    UNLOADING = "unloading"
-    BUILDING = "building"
-    UNWINDING = "unwinding"
+    PREPARING = "preparing"  # what comes is checked; nothing was changed
+    STAGING = "staging"  # what comes is built and put to sleep, what goes serves
+    MAKING_ROOM = "making_room"  # sleepers give up host memory
+    DRAINING = "draining"  # what goes finishes its requests
+    SETTING_ASIDE = "setting_aside"  # what goes falls asleep or is unloaded
+    BRINGING_UP = "bringing_up"  # what comes is built or woken
+    COMMITTING = "committing"  # what was set aside for good is unloaded
+    GOING_BACK = "going_back"  # something failed: all is made as it was
+    DONE = "done"
 
 
 class PoolPhase(Enum):
@@ -76,7 +94,18 @@ ENGINE_TRANSITIONS: dict[EnginePhase, frozenset[EnginePhase]] = {
     _P.PREPARING: frozenset({_P.PREPARED, _P.UNWINDING, _P.LOST}),
     _P.PREPARED: frozenset({_P.BUILDING, _P.UNWINDING, _P.LOST}),
     _P.BUILDING: frozenset({_P.READY, _P.UNWINDING, _P.LOST}),
-    _P.READY: frozenset({_P.CLOSING, _P.UNWINDING, _P.LOST}),
+    _P.READY: frozenset(
+        {_P.DRAINING, _P.SUSPENDING, _P.CLOSING, _P.UNWINDING, _P.LOST}
+    ),
+    _P.DRAINING: frozenset(
+        {_P.READY, _P.SUSPENDING, _P.CLOSING, _P.UNWINDING, _P.LOST}
+    ),
+    # READY: its ranks refused, and are as they were.
+    _P.SUSPENDING: frozenset({_P.ASLEEP, _P.READY, _P.UNWINDING, _P.LOST}),
+    _P.ASLEEP: frozenset(
+        {_P.SUSPENDING, _P.RESUMING, _P.CLOSING, _P.UNWINDING, _P.LOST}
+    ),
+    _P.RESUMING: frozenset({_P.READY, _P.UNWINDING, _P.LOST}),
     _P.CLOSING: frozenset({_P.CLOSED, _P.UNWINDING}),
     _P.UNWINDING: frozenset({_P.CLOSED, _P.FAILED, _P.LOST}),
     _P.LOST: frozenset({_P.CLOSED, _P.UNWINDING}),
@@ -84,14 +113,25 @@ ENGINE_TRANSITIONS: dict[EnginePhase, frozenset[EnginePhase]] = {
     _P.FAILED: frozenset(),
 }
 
+_S = SwitchStage
+_ORDER = (_S.PREPARING, _S.STAGING, _S.MAKING_ROOM, _S.DRAINING, _S.SETTING_ASIDE,
+          _S.BRINGING_UP, _S.COMMITTING, _S.DONE)  # fmt: skip
+# Forward stage by stage; back from each that may fail, and then it is over.
 SWITCH_TRANSITIONS: dict[SwitchStage, frozenset[SwitchStage]] = {
-    SwitchStage.PREPARING: frozenset({SwitchStage.UNLOADING, SwitchStage.UNWINDING}),
-    SwitchStage.UNLOADING: frozenset({SwitchStage.BUILDING}),
-    SwitchStage.BUILDING: frozenset(),
-    SwitchStage.UNWINDING: frozenset(),
+    stage: frozenset({following, _S.GOING_BACK})
+    for stage, following in pairwise(_ORDER)
 }
+SWITCH_TRANSITIONS[_S.COMMITTING] = frozenset({_S.DONE})
+SWITCH_TRANSITIONS[_S.GOING_BACK] = frozenset({_S.DONE})
+SWITCH_TRANSITIONS[_S.DONE] = frozenset()
 
 ENGINE_GONE = frozenset({EnginePhase.CLOSED, EnginePhase.FAILED})
+# On its ranks whole: it was built and has not begun to go.
+ENGINE_BUILT = frozenset({_P.READY, _P.DRAINING, _P.SUSPENDING, _P.ASLEEP, _P.RESUMING})
+# Somebody has to answer before anything else can be asked of it.
+ENGINE_MOVING = frozenset(
+    {_P.PREPARING, _P.BUILDING, _P.SUSPENDING, _P.RESUMING, _P.CLOSING, _P.UNWINDING}
+)
 RANK_ATTACHED = frozenset({RankPhase.JOINING, RankPhase.READY})
 
 
@@ -146,6 +186,20 @@ class Engine:
     close_began: float | None = None
     built: dict[int, EngineBuilt] = field(default_factory=dict)
     closed: dict[int, EngineClosed] = field(default_factory=dict)
+    # Of the present suspend or resume, and when it began.
+    suspended: dict[int, EngineSuspended] = field(default_factory=dict)
+    resumed: dict[int, EngineResumed] = field(default_factory=dict)
+    motion_began: float = 0.0
+    # How deep it sleeps (0: awake), and where a restore takes it: what the last
+    # finished command made of it.
+    sleep_level: int = 0
+    home_level: int = 0
+    memory: dict[int, EngineMemory] = field(default_factory=dict)
+    # What it needs to be awake: estimated at prepare, then as it was.
+    awake_memory: dict[int, EngineMemory] = field(default_factory=dict)
+    last_used: float = 0.0
+    # Its weights cannot be read again (made up, not loaded): no level 2.
+    keeps_weights: bool = False
     # Restored by the pool itself: nobody waits for it, a failure is kept.
     num_restores: int = 0
     keeps_failure: bool = False
@@ -172,6 +226,7 @@ class Request:
     number: int
     client: bytes
     call: int
+    engine: str
     generation: int
     stream: bool
     started: float
@@ -179,12 +234,31 @@ class Request:
     timeout_s: float
     next_progress: float
     completions: list[Completion] = field(default_factory=list)
+    # Not sent to the leader yet: its engine is being moved (requests.py).
+    held: AddRequest | None = None
+
+
+@dataclass
+class Move:
+    """What a switch does to one engine. `before` and `after` are sleep levels (0 is
+    awake); None is for not being there. `engine` is the one that has the name now: one
+    built anew, on the way back, is another."""
+
+    engine: Engine
+    before: int | None
+    after: int | None
+    # One that was set aside at level 1 on its way to be unloaded or to level 2.
+    parked: bool = False
+    # Not asked for: makes room in host memory for what is set aside.
+    demotion: bool = False
+    # Tried on the way back, so that it is tried once.
+    rebuilt: bool = False
 
 
 @dataclass
 class Switch:
-    """One load, unload, apply or restore under way. `client` is None when nobody
-    waits for it (a restore, or the client is gone)."""
+    """One command that moves engines, or one of the pool's own (restore, demotion).
+    `client` is None when nobody waits for it."""
 
     action: str
     client: bytes | None
@@ -192,13 +266,34 @@ class Switch:
     started: float
     deadline: float
     next_progress: float
-    incoming: list[Engine]
-    outgoing: list[Engine]
+    moves: list[Move]
+    cause: str = ""
+    drain_s: float = 0.0
+    # "sleep": what goes is set aside so that it can come back; "unload": it is given up
+    # first; "stage": what comes is built first.
+    strategy: str = "sleep"
     kept: list[str] = field(default_factory=list)
     stage: SwitchStage = SwitchStage.PREPARING
-    # In the order they failed: the first one's error is the answer.
-    failed: list[Engine] = field(default_factory=list)
+    drain_until: float = 0.0
+    # When what goes stopped serving and what comes began to.
+    aside_began: float | None = None
+    up_at: float | None = None
+    # Why it cannot be done: the engine that failed first, or what the pool itself
+    # found.
+    failed: Engine | None = None
+    refusal: ErrorInfo | None = None
+    is_undone: bool = False
+    path: list[str] = field(default_factory=list)
     reports: list[EngineReport] = field(default_factory=list)
+
+    @property
+    def error(self) -> ErrorInfo | None:
+        """The first error. An engine's may still change: what failed may turn out to
+        be the echo of a lost rank."""
+        return self.failed.error if self.failed else self.refusal
+
+    def moves_to(self, engine: Engine) -> Move | None:
+        return next((move for move in self.moves if move.engine is engine), None)
 
 
 # A caller that hears nothing for some of these gives the controller up.
@@ -232,10 +327,20 @@ class PoolState:
     failed: dict[str, Engine] = field(default_factory=dict)  # by name
     switches: list[Switch] = field(default_factory=list)
     requests: dict[int, Request] = field(default_factory=dict)
+    # What pool.toml declares (`commands.declared`), and what it allows (`memory.py`).
+    models: dict[str, EngineSpec] = field(default_factory=dict)
+    host_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
+    awake_per_rank: int = 1
+    # Those to load, once, when the pool is complete (`commands.start_declared`).
+    start_up: list[EngineSpec] = field(default_factory=list)
+    was_started: bool = False
+    prefetches: list[Prefetch] = field(default_factory=list)
     next_generation: int = 1
     next_request: int = 1
     stop: Stop | None = None
     last_tick: float | None = None
+    now: float = 0.0  # of the event being handled
     num_stale_messages: int = 0
     num_protocol_errors: int = 0
     effects: list[Effect] = field(default_factory=list)
@@ -261,14 +366,7 @@ class PoolState:
         return next((e for e in self.engines.values() if e.name == name), None)
 
     def switch_of(self, engine: Engine) -> Switch | None:
-        return next(
-            (
-                switch
-                for switch in self.switches
-                if any(e is engine for e in (*switch.incoming, *switch.outgoing))
-            ),
-            None,
-        )
+        return next((s for s in self.switches if s.moves_to(engine)), None)
 
     def send_to_rank(self, rank: int, message: ToRankMessage) -> None:
         self.effects.append(SendToRank(rank, message))

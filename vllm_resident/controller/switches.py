@@ -1,23 +1,27 @@
-"""Load, unload, apply and restore: the order in which engines are moved.
+"""The life of a switch: what comes is prepared, what goes is set aside, what comes is
+brought up, what went for good is given back; or all is made as it was.
 
-All four are one `Switch`: prepare what comes, unload what goes, build what comes. A
-command is checked wholly before anything changes; after every event `advance` looks
-at the phases of the switch's engines and takes the next step.
+After every event `advance` looks at the phases of the switch's engines and takes the
+next step. Until the commit nothing is given up that cannot be brought back: what goes
+sleeps, where host memory allows, until what comes serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 
 import msgspec
 
-from vllm_resident.controller import engines, planner, reports
-from vllm_resident.controller.planner import Placement, RankView
+from vllm_resident.controller import engines, memory, reports, requests
+from vllm_resident.controller.effects import RecordTransition
 from vllm_resident.controller.state import (
+    ENGINE_BUILT,
     ENGINE_GONE,
+    ENGINE_MOVING,
     PROGRESS_INTERVAL_S,
     Engine,
     EnginePhase,
+    Move,
     PoolState,
     RankPhase,
     Switch,
@@ -26,175 +30,36 @@ from vllm_resident.controller.state import (
     note_progress,
     report_progress,
 )
-from vllm_resident.controller.validation import check_spec
 from vllm_resident.errors import CommandRejected, ErrorInfo
-from vllm_resident.messages import (
-    ApplyLayout,
-    CallFailed,
-    EngineSpec,
-    LoadEngine,
-    SwitchDone,
-    UnloadEngine,
-)
+from vllm_resident.messages import CallFailed, SwitchDone
 
-_STEADY = (EnginePhase.READY, EnginePhase.LOST)
-_DOING = {
-    EnginePhase.PREPARING: "loading",
-    EnginePhase.PREPARED: "loading",
-    EnginePhase.BUILDING: "loading",
-    EnginePhase.CLOSING: "unloading",
-    EnginePhase.UNWINDING: "being given up after a failure",
-}
+# What the way back may take where less than this is left of the command's time.
+MIN_BACK_S = 60.0
+
+_P = EnginePhase
+_LOADING = (_P.PREPARING, _P.PREPARED, _P.BUILDING)
 
 
-# ------------------------------------------------------------ commands
+# ------------------------------------------------------------ beginnings
 
 
-def load(state: PoolState, client: bytes, command: LoadEngine, now: float) -> None:
-    spec = _checked(state, command.spec)
-    if existing := state.engine_named(spec.name):
-        raise CommandRejected(
-            f"engine name {spec.name!r} is in use ({existing.phase.value}): unload it "
-            "first or take another name"
-        )
-    ranks = planner.choose_ranks(spec, _views(state))
-    placement = Placement(spec, ranks)
-    _begin(state, "load", client, command, now, [placement], [], [])
-
-
-def unload(state: PoolState, client: bytes, command: UnloadEngine, now: float) -> None:
-    engine = state.engine_named(command.name)
-    if engine is None and command.name not in state.failed:
-        names = sorted(e.name for e in state.engines.values())
-        raise CommandRejected(
-            f"no engine {command.name!r}: "
-            + (f"there are {names}" if names else "none is loaded")
-        )
-    if engine is not None:
-        _check_steady(state, engine)
-    state.failed.pop(command.name, None)
-    _begin(state, "unload", client, command, now, [], [engine] if engine else [], [])
-
-
-def apply(state: PoolState, client: bytes, command: ApplyLayout, now: float) -> None:
-    wanted = [_checked(state, spec) for spec in command.engines]
-    for engine in state.engines.values():
-        _check_steady(state, engine)
-    current = list(state.engines.values())
-    plan = planner.plan_layout(
-        # A lost engine is not what was asked for until it serves again.
-        [Placement(e.spec, e.ranks) for e in current if _serves(e)],
-        wanted,
-        _views(state, leaving=current),
-    )
-    outgoing = [e for e in current if e.name not in plan.keep]
-    _begin(state, "apply", client, command, now, plan.load, outgoing, plan.keep)
-
-
-def _serves(engine: Engine) -> bool:
-    return engine.phase is EnginePhase.READY
-
-
-def _checked(state: PoolState, spec: EngineSpec) -> EngineSpec:
-    """The spec with its parallel sizes complete; raises what is wrong with it."""
-    if not state.world_size:
-        raise CommandRejected(
-            f"pool {state.name!r} is starting: no rank has said hello yet"
-        )
-    check_spec(spec, _known_args(state))
-    return planner.complete(spec)
-
-
-def _known_args(state: PoolState) -> Collection[str]:
-    """What every rank that ever greeted takes: they import the same vLLM."""
-    names = [set(r.hello.engine_arg_names) for r in state.ranks.values() if r.hello]
-    return set.intersection(*names) if names else ()
-
-
-def _check_steady(state: PoolState, engine: Engine) -> None:
-    if engine.phase not in _STEADY:
-        raise CommandRejected(
-            f"engine {engine.name!r} is {_doing(engine)}: wait until it is done"
-        )
-    if switch := state.switch_of(engine):
-        raise CommandRejected(
-            f"engine {engine.name!r} is part of a running {switch.action}: wait until "
-            "it is done"
-        )
-
-
-def _doing(engine: Engine) -> str:
-    return "being restored" if engine.is_restoring else _DOING[engine.phase]
-
-
-def _views(state: PoolState, leaving: Collection[Engine] = ()) -> list[RankView]:
-    """Every rank as it is without the engines in `leaving`."""
-    taken: dict[int, str] = {}
-    for engine in state.engines.values():
-        if not any(engine is other for other in leaving):
-            text = f"is taken by engine {engine.name!r} ({engine.phase.value})"
-            taken.update(dict.fromkeys(engine.ranks, text))
-    return [
-        RankView(
-            rank.rank,
-            rank.hello.host_id if rank.hello else "",
-            taken.get(rank.rank, "")
-            if rank.phase is RankPhase.READY
-            else f"is not ready ({rank.phase.value})",
-        )
-        for rank in state.ranks.values()
-    ]
-
-
-# ------------------------------------------------------------ the life of a switch
-
-
-def _begin(
-    state: PoolState,
-    action: str,
-    client: bytes,
-    command: LoadEngine | UnloadEngine | ApplyLayout,
-    now: float,
-    load: list[Placement],
-    outgoing: list[Engine],
-    kept: list[str],
-) -> None:
-    deadline = now + command.timeout_s
-    switch = Switch(
-        action=action,
-        client=client,
-        call=command.call,
-        started=now,
-        deadline=deadline,
-        next_progress=now + PROGRESS_INTERVAL_S,
-        incoming=[
-            engines.prepare(
-                state,
-                placement.spec,
-                placement.ranks,
-                deadline=deadline,
-                load_timeout_s=command.timeout_s,
-                now=now,
-            )
-            for placement in load
-        ],
-        outgoing=outgoing,
-        kept=kept,
-    )
-    _open(state, switch, now)
-
-
-def _open(state: PoolState, switch: Switch, now: float) -> None:
+def begin(state: PoolState, switch: Switch, now: float) -> None:
+    """Open a switch whose moves were found to be possible."""
+    waking = [m.engine for m in switch.moves if m.before and m.after == 0]
+    leaving = [m.engine for m in switch.moves if m.after != 0]
+    if text := memory.shortage(state, waking, leaving):
+        raise CommandRejected(text)
     state.switches.append(switch)
-    for engine in switch.incoming:
-        note_progress(state, engine, "prepare", now)
+    for move in switch.moves:
+        if move.before is None:
+            note_progress(state, move.engine, "prepare", now)
 
 
 def restore(state: PoolState, now: float) -> None:
     """Load again, on the same ranks, each lost engine whose ranks are all back."""
     for engine in list(state.engines.values()):
         is_back = all(state.ranks[r].phase is RankPhase.READY for r in engine.ranks)
-        if engine.phase is not EnginePhase.LOST or engine.waiting or not is_back:
+        if engine.phase is not _P.LOST or engine.waiting or not is_back:
             continue
         if state.switch_of(engine) is not None:
             continue
@@ -209,121 +74,350 @@ def restore(state: PoolState, now: float) -> None:
             now=now,
             num_restores=engine.num_restores + 1,
         )
-        _open(
-            state,
-            Switch(
-                action="restore",
-                client=None,
-                call=-1,
-                started=now,
-                deadline=deadline,
-                next_progress=now,
-                incoming=[incoming],
-                outgoing=[],
-            ),
-            now,
+        incoming.home_level = engine.home_level
+        switch = Switch(
+            action="restore",
+            client=None,
+            call=-1,
+            started=now,
+            deadline=deadline,
+            next_progress=now,
+            moves=[Move(incoming, None, engine.home_level)],
+            cause="a rank came back",
         )
+        state.switches.append(switch)
+
+
+def takes_ranks(state: PoolState, engine: Engine) -> bool:
+    """Whether the engine is awake on its ranks, or may be before its switch ends."""
+    switch = state.switch_of(engine)
+    move = switch.moves_to(engine) if switch else None
+    if move is not None:
+        return 0 in (move.before, move.after)
+    return engine.home_level == 0
+
+
+# ------------------------------------------------------------ stage by stage
 
 
 def advance(state: PoolState, switch: Switch, now: float) -> bool:
     """Take the next step of a switch; False if it has to wait for its engines."""
-    _note_failures(switch)
-    match switch.stage:
-        case SwitchStage.PREPARING if switch.failed:
-            _give_up(state, switch, now)
-        case SwitchStage.PREPARING if _all_in(switch.incoming, EnginePhase.PREPARED):
-            _unload_outgoing(state, switch, now)
-        case SwitchStage.UNLOADING if _all_in(switch.outgoing, *ENGINE_GONE):
-            _build_incoming(state, switch, now)
-        case SwitchStage.BUILDING | SwitchStage.UNWINDING if all(
-            _is_settled(engine) for engine in switch.incoming
+    stage = switch.stage
+    if stage in _MAY_GO_BACK and _note_failure(switch):
+        _turn_back(switch)
+        return True
+    if not _STEPS[stage](state, switch, now):
+        return False
+    if stage is SwitchStage.GOING_BACK or stage is SwitchStage.COMMITTING:
+        move_switch(switch, SwitchStage.DONE)
+        _finish(state, switch, now)
+    elif switch.stage is stage:
+        move_switch(switch, _NEXT[stage])
+        if enter := _ENTER.get(switch.stage):
+            enter(state, switch, now)
+    return True
+
+
+def _turn_back(switch: Switch) -> None:
+    switch.is_undone = True
+    if switch.stage is not SwitchStage.PREPARING:
+        _note_path(switch, "go_back")
+    move_switch(switch, SwitchStage.GOING_BACK)
+
+
+def _note_failure(switch: Switch) -> bool:
+    """Whether something failed that must take the switch back."""
+    has_failed = switch.refusal is not None
+    for move in switch.moves:
+        engine = move.engine
+        # What is to go may also go by losing its rank.
+        is_going = move.before is not None and move.after is None
+        if engine.error is None or (is_going and engine.phase is _P.LOST):
+            continue
+        switch.failed = switch.failed or engine
+        # Of one that was told to go the error is told, but nothing is undone.
+        has_failed |= engine.close_began is None
+    return has_failed
+
+
+def _prepared(state: PoolState, switch: Switch, _now: float) -> bool:
+    coming = [move.engine for move in switch.moves if move.before is None]
+    if any(engine.phase is _P.PREPARING for engine in coming):
+        return False
+    awake = [m.engine for m in switch.moves if m.before is None and m.after == 0]
+    leaving = [m.engine for m in switch.moves if m.before == 0]
+    if text := memory.shortage(state, awake, leaving):
+        switch.refusal = CommandRejected(text).to_info()
+        _turn_back(switch)
+    return True
+
+
+def _staged(state: PoolState, switch: Switch, now: float) -> bool:
+    """Build what comes and put it to sleep, while what goes serves."""
+    if switch.strategy != "stage":
+        return True
+    coming = [m.engine for m in switch.moves if m.before is None and m.after == 0]
+    for engine in coming:
+        if engine.phase is _P.PREPARED:
+            engines.build(state, engine, now)
+            _note_path(switch, "stage")
+        elif engine.phase is _P.READY:
+            engines.suspend(state, engine, 1, switch.deadline, now)
+    return all(engine.phase is _P.ASLEEP for engine in coming)
+
+
+def _enter_making_room(state: PoolState, switch: Switch, _now: float) -> None:
+    """Decide what is parked and which sleepers go deeper for it."""
+    brings_up = any(m.after == 0 for m in switch.moves)
+    kept = [m for m in _leaving(switch) if m.engine.phase is not _P.LOST]
+    for move in kept:
+        goes = move.after is None
+        move.parked = goes and brings_up and switch.strategy != "unload"
+    wanted: dict[int, int] = {}
+    for move in kept:
+        if move.parked or move.after == 1:
+            for rank, size in memory.kept_bytes(move.engine).items():
+                wanted[rank] = wanted.get(rank, 0) + size
+    chosen, fits = memory.over_budget(state, wanted)
+    if not fits:
+        # It does not fit whatever goes: weights are dropped, not kept.
+        for move in kept:
+            move.parked = False
+            move.after = 2 if move.after == 1 else move.after
+        return
+    for demotion in chosen:
+        engine = state.engine_named(demotion.name)
+        assert engine is not None
+        move = Move(engine, engine.sleep_level, demotion.level, demotion=True)
+        switch.moves.append(move)
+
+
+def _roomy(state: PoolState, switch: Switch, now: float) -> bool:
+    deeper = [m for m in switch.moves if _is_deepening(m)]
+    for move in deeper:
+        if move.engine.phase is _P.ASLEEP and not _is_at(move):
+            _note_path(switch, "demote" if move.demotion else "sleep")
+            _put(state, switch, move, move.after, now)
+    return all(_is_at(move) for move in deeper)
+
+
+def _is_deepening(move: Move) -> bool:
+    """A sleeper that goes deeper, or is unloaded now to give its memory."""
+    if not move.before or move.after == 0:
+        return False
+    return move.after is not None or move.demotion
+
+
+def _enter_draining(state: PoolState, switch: Switch, now: float) -> None:
+    switch.drain_until = now + switch.drain_s
+    for move in _leaving(switch):
+        if move.engine.phase is _P.READY:
+            if requests.in_flight(state, move.engine):
+                _note_path(switch, "drain")
+            engines.drain(state, move.engine, now)
+
+
+def _drained(state: PoolState, switch: Switch, now: float) -> bool:
+    if now >= switch.drain_until:
+        return True
+    return not any(requests.in_flight(state, m.engine) for m in _leaving(switch))
+
+
+def _enter_setting_aside(_state: PoolState, switch: Switch, now: float) -> None:
+    if _leaving(switch):
+        switch.aside_began = now
+
+
+def _aside(state: PoolState, switch: Switch, now: float) -> bool:
+    leaving = [m for m in _leaving(switch) if m.engine.phase is not _P.LOST]
+    for move in leaving:
+        if move.engine.phase in (_P.READY, _P.DRAINING):
+            level = 1 if move.parked else move.after
+            _note_path(switch, "unload" if level is None else "sleep")
+            _put(state, switch, move, level, now)
+    return all(m.engine.phase in (_P.ASLEEP, *ENGINE_GONE) for m in leaving)
+
+
+def _up(state: PoolState, switch: Switch, now: float) -> bool:
+    coming = [m for m in switch.moves if m.before is None or m.after == 0]
+    for move in coming:
+        engine = move.engine
+        if engine.phase is _P.PREPARED:
+            _note_path(switch, "load")
+            engines.build(state, engine, now)
+        elif engine.phase is _P.READY and move.after:
+            engines.suspend(state, engine, move.after, switch.deadline, now)
+        elif engine.phase is _P.ASLEEP and move.after == 0:
+            _note_path(switch, "wake_up")
+            engines.resume(state, engine, switch.deadline, now)
+    is_up = all(m.engine.phase is (_P.ASLEEP if m.after else _P.READY) for m in coming)
+    if is_up and coming and switch.aside_began is not None:
+        switch.up_at = now
+    return is_up
+
+
+def _committed(state: PoolState, switch: Switch, now: float) -> bool:
+    """Give back what went for good; an error here is told, nothing is undone."""
+    going = [m for m in switch.moves if m.after is None]
+    for move in going:
+        if move.engine.phase in ENGINE_BUILT - ENGINE_MOVING or (
+            move.engine.phase is _P.LOST
         ):
-            _finish(state, switch, now)
-        case _:
+            _note_path(switch, "unload")
+            engines.close(state, move.engine, switch.deadline, now)
+    for move in switch.moves:
+        if move.engine.close_began is not None and move.engine.error:
+            switch.failed = switch.failed or move.engine
+    return all(move.engine.phase in ENGINE_GONE for move in going)
+
+
+# ------------------------------------------------------------ the way back
+
+
+def _gone_back(state: PoolState, switch: Switch, now: float) -> bool:
+    """First what came leaves again, then what went comes back."""
+    coming = [m for m in switch.moves if m.before != 0]
+    leaving = [m for m in switch.moves if m.before == 0]
+    for moves in (coming, leaving):
+        # Each takes its step, also where another has one to take.
+        are_back = [_step_back(state, switch, move, now) for move in moves]
+        if not all(are_back):
             return False
     return True
 
 
-def _note_failures(switch: Switch) -> None:
-    coming = [engine for engine in switch.incoming if engine.ready_at is None]
-    closed = [engine for engine in switch.outgoing if engine.close_began is not None]
-    for engine in (*coming, *closed):
-        if engine.error and not any(engine is other for other in switch.failed):
-            switch.failed.append(engine)
+def _step_back(state: PoolState, switch: Switch, move: Move, now: float) -> bool:
+    """Bring one engine nearer to where it was; True when it is there, or given up."""
+    engine = move.engine
+    if engine.phase in ENGINE_MOVING:
+        # What is still being made is for nothing.
+        if engine.phase in _LOADING and move.before is None:
+            engines.unwind(state, engine, switch.error, now)
+        return engine.phase in ENGINE_GONE
+    if move.before is None:
+        return _undo_load(state, switch, engine, now)
+    if engine.phase is _P.LOST:
+        return True
+    if engine.phase in ENGINE_GONE:
+        return _rebuild(state, switch, move, now)
+    deadline = max(switch.deadline, now + MIN_BACK_S)
+    if engine.phase is _P.PREPARED:
+        engines.build(state, engine, now)
+    elif engine.phase is _P.DRAINING:
+        engines.undrain(state, engine, now)
+    elif engine.phase is _P.READY and move.before:
+        engines.suspend(state, engine, move.before, deadline, now)
+    elif engine.phase is _P.ASLEEP and move.before == 0:
+        engines.resume(state, engine, deadline, now)
+    else:
+        return True
+    return engine.phase is _P.READY and move.before == 0
 
 
-def _all_in(some: list[Engine], *phases: EnginePhase) -> bool:
-    return all(engine.phase in phases for engine in some)
+def _undo_load(state: PoolState, switch: Switch, engine: Engine, now: float) -> bool:
+    if engine.phase in ENGINE_GONE:
+        return True
+    if engine.phase is _P.LOST:
+        if engine.num_restores:
+            return True  # another restore tries again
+        engines.close(state, engine, now, now)
+    else:
+        engines.unwind(state, engine, switch.error, now)
+    return engine.phase in ENGINE_GONE
 
 
-def _is_settled(engine: Engine) -> bool:
-    """It reached its end, or had been ready, or waits for lost ranks (a restore)."""
-    is_at_end = engine.phase in (*ENGINE_GONE, *_STEADY)
-    return is_at_end or engine.ready_at is not None
+def _rebuild(state: PoolState, switch: Switch, move: Move, now: float) -> bool:
+    """What was unloaded, or broke on its way, is loaded anew where it was."""
+    old = move.engine
+    is_there = all(state.ranks[r].phase is RankPhase.READY for r in old.ranks)
+    if move.rebuilt or not is_there:
+        return True
+    move.rebuilt = True
+    engine = engines.prepare(
+        state,
+        old.spec,
+        old.ranks,
+        deadline=max(switch.deadline, now + MIN_BACK_S),
+        load_timeout_s=old.load_timeout_s,
+        now=now,
+    )
+    engine.keeps_failure = True
+    engine.home_level = old.home_level
+    engine.last_used = old.last_used
+    requests.adopt(state, old, engine)
+    move.engine = engine
+    _note_path(switch, "load")
+    return False
 
 
-def _give_up(state: PoolState, switch: Switch, now: float) -> None:
-    """An engine cannot be prepared: nothing was changed yet, and nothing will be."""
-    move_switch(switch, SwitchStage.UNWINDING)
-    error = switch.failed[0].error
-    for engine in switch.incoming:
-        if engine.phase in (EnginePhase.PREPARING, EnginePhase.PREPARED):
-            engines.unwind(state, engine, error, now)
+# ------------------------------------------------------------ parts and ends
 
 
-def _unload_outgoing(state: PoolState, switch: Switch, now: float) -> None:
-    move_switch(switch, SwitchStage.UNLOADING)
-    for engine in switch.outgoing:
-        if engine.phase in _STEADY:
-            engines.close(state, engine, switch.deadline, now)
+def _leaving(switch: Switch) -> list[Move]:
+    """Of engines that are awake and will not be."""
+    return [m for m in switch.moves if m.before == 0 and m.after != 0]
 
 
-def _build_incoming(state: PoolState, switch: Switch, now: float) -> None:
-    for engine in switch.outgoing:
-        if engine.close_began is not None and engine.error is None:
-            switch.reports.append(reports.unload_report(engine, now))
-    move_switch(switch, SwitchStage.BUILDING)
-    for engine in switch.incoming:
-        if engine.phase is EnginePhase.PREPARED:
-            engines.build(state, engine, now)
+def _put(
+    state: PoolState, switch: Switch, move: Move, level: int | None, now: float
+) -> None:
+    if level is None:
+        engines.close(state, move.engine, switch.deadline, now)
+    else:
+        engines.suspend(state, move.engine, level, switch.deadline, now)
+
+
+def _is_at(move: Move) -> bool:
+    if move.after is None:
+        return move.engine.phase in ENGINE_GONE
+    return (
+        move.engine.phase is _P.ASLEEP and move.engine.sleep_level == move.after
+    ) or move.engine.phase in ENGINE_GONE
+
+
+def _note_path(switch: Switch, step: str) -> None:
+    if step not in switch.path:
+        switch.path.append(step)
 
 
 def _finish(state: PoolState, switch: Switch, now: float) -> None:
-    # Rolling an apply back belongs here: `switch.outgoing` still has the specs and
-    # ranks of what was unloaded, and nothing of what failed is left.
-    _drop_switch(state, switch)
-    switch.reports.extend(
-        reports.load_report(e) for e in switch.incoming if e.ready_at is not None
-    )
-    if switch.failed:
+    state.switches = [other for other in state.switches if other is not switch]
+    for move in switch.moves:
+        if not switch.is_undone and move.after is not None:
+            move.engine.home_level = move.after
+        if move.engine.phase is not _P.READY:
+            requests.refuse_held(state, move.engine)
+    switch.reports.extend(reports.of_moves(switch, now))
+    report = reports.switch_report(switch, now)
+    state.effects.append(RecordTransition(report, switch.cause, switch.started))
+    if switch.error:
         answer = CallFailed(call=switch.call, error=_failure(switch))
         state.send_to_client(switch.client, answer)
         return
     if switch.action == "apply":
         state.failed.clear()
-    report = reports.switch_report(switch, now)
     state.send_to_client(switch.client, SwitchDone(call=switch.call, report=report))
 
 
-def _drop_switch(state: PoolState, switch: Switch) -> None:
-    state.switches = [other for other in state.switches if other is not switch]
-
-
 def _failure(switch: Switch) -> ErrorInfo:
-    """The first error; of an apply that got as far as unloading, also what is left."""
-    error = switch.failed[0].error
+    """The first error, and what the pool is like after it."""
+    error = switch.error
     assert error is not None
-    if switch.action != "apply" or switch.stage is SwitchStage.UNWINDING:
+    if "go_back" not in switch.path:
         return error
-    unloaded = [e.name for e in switch.outgoing if e.phase in ENGINE_GONE]
-    loaded = [e.name for e in switch.incoming if e.ready_at is not None]
-    missing = [e.name for e in switch.incoming if e.ready_at is None]
-    text = (
-        f"{error.message} (the layout was applied in part: unloaded {unloaded}, loaded "
-        f"{loaded}, not loaded {missing}, kept {switch.kept})"
-    )
-    # Something was changed: whatever the rank called it, this is no rejection.
+    # Something was changed and changed back: whatever the rank called it, this is no
+    # rejection.
     kind = "RankFailure" if error.kind == "CommandRejected" else error.kind
+    text = error.message
+    lost = [
+        f"{engine.name}: {engine.error.message if engine.error else 'a rank is lost'}"
+        for engine in (m.engine for m in switch.moves if m.before is not None)
+        if engine.phase in (*ENGINE_GONE, _P.LOST)
+    ]
+    if lost:
+        text += f" (could not be brought back: {'; '.join(lost)})"
+    elif any(move.before is not None for move in switch.moves):
+        text += " (everything is as it was)"
     return msgspec.structs.replace(error, kind=kind, message=text)
 
 
@@ -333,9 +427,9 @@ def tick(state: PoolState, now: float) -> None:
         if switch.client is None or now < switch.next_progress:
             continue
         switch.next_progress = now + PROGRESS_INTERVAL_S
-        for engine in (*switch.incoming, *switch.outgoing):
-            if engine.phase not in (*ENGINE_GONE, *_STEADY):
-                report_progress(state, switch, engine, now)
+        for move in switch.moves:
+            if move.engine.phase in (*ENGINE_MOVING, _P.PREPARED, _P.DRAINING):
+                report_progress(state, switch, move.engine, now)
 
 
 def client_gone(state: PoolState, client: bytes) -> None:
@@ -343,3 +437,31 @@ def client_gone(state: PoolState, client: bytes) -> None:
     for switch in state.switches:
         if switch.client == client:
             switch.client = None
+
+
+_Step = Callable[[PoolState, Switch, float], bool]
+# What a stage does until it is through.
+_STEPS: dict[SwitchStage, _Step] = {
+    SwitchStage.PREPARING: _prepared,
+    SwitchStage.STAGING: _staged,
+    SwitchStage.MAKING_ROOM: _roomy,
+    SwitchStage.DRAINING: _drained,
+    SwitchStage.SETTING_ASIDE: _aside,
+    SwitchStage.BRINGING_UP: _up,
+    SwitchStage.COMMITTING: _committed,
+    SwitchStage.GOING_BACK: _gone_back,
+}
+_ENTER: dict[SwitchStage, Callable[[PoolState, Switch, float], None]] = {
+    SwitchStage.MAKING_ROOM: _enter_making_room,
+    SwitchStage.DRAINING: _enter_draining,
+    SwitchStage.SETTING_ASIDE: _enter_setting_aside,
+}
+_NEXT = {
+    SwitchStage.PREPARING: SwitchStage.STAGING,
+    SwitchStage.STAGING: SwitchStage.MAKING_ROOM,
+    SwitchStage.MAKING_ROOM: SwitchStage.DRAINING,
+    SwitchStage.DRAINING: SwitchStage.SETTING_ASIDE,
+    SwitchStage.SETTING_ASIDE: SwitchStage.BRINGING_UP,
+    SwitchStage.BRINGING_UP: SwitchStage.COMMITTING,
+}
+_MAY_GO_BACK = frozenset(_NEXT)

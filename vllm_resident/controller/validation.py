@@ -32,6 +32,18 @@ def check_timeout(timeout_s: float) -> None:
         raise CommandRejected(f"timeout_s is {timeout_s}: give a positive number")
 
 
+def check_drain(drain_s: float) -> None:
+    if not (math.isfinite(drain_s) and drain_s >= 0):
+        raise CommandRejected(f"drain_s is {drain_s}: give seconds from 0")
+
+
+def check_level(level: int) -> None:
+    if level not in (1, 2):
+        raise CommandRejected(
+            f"sleep level {level}: 1 keeps the weights in host memory, 2 drops them"
+        )
+
+
 def check_spec(spec: EngineSpec, known_args: Collection[str]) -> None:
     """Everything about one spec that does not depend on the other engines.
 
