@@ -20,19 +20,31 @@ from examples.checkpoints import REPO_ROOT, cache_folder
 from tests.e2e.pools import ARCHITECTURES, plain_vllm_tokens, running_pool
 from vllm_resident import Client
 
+LOAD_PHASES = (
+    "prepare",
+    "form_world",
+    "tokenizer",
+    "load_model",
+    "kv_cache",
+    "warm_up",
+    "schedule",
+    "lockstep",
+)
+SLEEP_PHASES = ("stop", "free_kv_cache", "free_weights")
+WAKE_PHASES = ("read_weights", "restore_kv_cache", "resume")
+
+
+def failing_engine(rank: int, phase: str) -> str:
+    """The name of the engine for which a fault is declared on that rank, in that phase
+    of what is done to it."""
+    return f"fails-on-{rank}-in-{phase.replace('_', '-')}"
+
+
 # Engines of these names fail where they say; every other name is left alone.
 FAULTS = [
-    {"rank": 1, "phase": phase, "engine": f"fails-in-{phase.replace('_', '-')}"}
-    for phase in (
-        "prepare",
-        "form_world",
-        "tokenizer",
-        "load_model",
-        "kv_cache",
-        "warm_up",
-        "schedule",
-        "lockstep",
-    )
+    {"rank": rank, "phase": phase, "engine": failing_engine(rank, phase)}
+    for rank in (0, 1)
+    for phase in (*LOAD_PHASES, *SLEEP_PHASES, *WAKE_PHASES)
 ] + [{"rank": 1, "phase": "load_model", "engine": "hangs", "action": "hang"}]
 
 

@@ -4,11 +4,13 @@ Run as `python -m tests.process.simulated_rank`, a process of its own, so that i
 killed. What it does is in the engine's `engine_args`, under names that vLLM's real
 ones do not have:
 
-    fail       "prepare" | "build" | "close": the rank `fail_rank` answers EngineFailed
-    hang       "build" | "close" | "drop": the rank `fail_rank` does not answer
+    fail       "prepare" | "build" | "suspend" | "resume" | "close": the rank
+               `fail_rank` answers EngineFailed
+    hang       the same, or "drop": the rank `fail_rank` does not answer
 
 It generates `max_tokens` pieces of text "x", one each `piece_s` seconds (both from the
-sampling parameters). Every message it receives becomes a line of JSON in `--record`.
+sampling parameters). Checkpoints it does read, by the real rank/prefetch.py. Every
+message it receives becomes a line of JSON in `--record`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import socket as network
 import sys
 import time
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import msgspec
@@ -37,7 +40,10 @@ from vllm_resident.messages import (
     EngineBuilt,
     EngineClosed,
     EngineFailed,
+    EngineMemory,
     EnginePrepared,
+    EngineResumed,
+    EngineSuspended,
     ExitRank,
     FromRank,
     Heartbeat,
@@ -47,14 +53,20 @@ from vllm_resident.messages import (
     PhaseStarted,
     PrepareEngine,
     RankGauges,
+    ReadCheckpoint,
     RequestOutput,
     RequestsAccepted,
+    ResumeEngine,
+    SuspendEngine,
     ToRankMessage,
 )
+from vllm_resident.rank import prefetch
 from vllm_resident.transport import Decoder, encode, host_id, open_socket
 
 GAUGES = RankGauges(1, 2, 3, 4, 5)
 HEARTBEAT_S = 0.5
+AWAKE = EngineMemory(device_bytes=1000)
+AT_LEVEL = {1: EngineMemory(host_bytes=1000), 2: EngineMemory()}
 ENGINE_ARGS = ["tensor_parallel_size", "max_model_len", "fail", "hang", "fail_rank"]
 
 
@@ -80,6 +92,8 @@ class SimulatedRank:
     options: argparse.Namespace
     engines: dict[int, PrepareEngine] = field(default_factory=dict)
     requests: dict[int, Running] = field(default_factory=dict)
+    # What other threads have to say: a socket is for one.
+    answers: SimpleQueue[FromRank] = field(default_factory=SimpleQueue)
 
     def __post_init__(self) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
@@ -101,6 +115,8 @@ class SimulatedRank:
                     gauges=GAUGES,
                 )
                 self.say(beat)
+            while not self.answers.empty():
+                self.say(self.answers.get())
             for running in list(self.requests.values()):
                 self.generate(running, now)
             if self.socket.poll(10):
@@ -142,15 +158,31 @@ class SimulatedRank:
                 self.say(self.hello())
             case ExitRank():
                 sys.exit(int(message.failed))
+            case ReadCheckpoint():
+                prefetch.start(self.options.rank, message, self.answers.put)
+            case AddRequest() | AbortRequest():
+                self.handle_request(message)
+            case _:
+                self.handle_engine(message)
+
+    def handle_engine(self, message: ToRankMessage) -> None:
+        match message:
             case PrepareEngine():
                 self.engines[message.generation] = message
                 self.answer("prepare", message.generation)
             case BuildEngine():
                 self.answer("build", message.generation)
+            case SuspendEngine():
+                self.answer("suspend", message.generation, message.level)
+            case ResumeEngine():
+                self.answer("resume", message.generation)
             case CloseEngine():
                 self.answer("close", message.generation)
             case DropEngine():
                 self.answer("drop", message.generation)
+
+    def handle_request(self, message: AddRequest | AbortRequest) -> None:
+        match message:
             case AddRequest():
                 self.say(
                     RequestsAccepted(
@@ -164,7 +196,7 @@ class SimulatedRank:
                 if running := self.requests.pop(message.request, None):
                     self.output(running, "abort")
 
-    def answer(self, command: str, generation: int) -> None:
+    def answer(self, command: str, generation: int, level: int = 0) -> None:
         engine = self.engines.get(generation)
         args = engine.engine_args if engine else {}
         is_faulty = args.get("fail_rank") == self.options.rank
@@ -178,18 +210,28 @@ class SimulatedRank:
             self.say(EngineFailed(rank=rank, generation=generation, error=error))
             return
         if command == "prepare":
-            self.say(EnginePrepared(rank=rank, generation=generation, seconds=0.0))
-            return
-        done = EngineBuilt if command == "build" else EngineClosed
-        self.say(
-            done(
-                rank=rank,
-                generation=generation,
-                phases={command: 0.0},
-                memory_before_bytes=1,
-                memory_after_bytes=2,
+            self.say(
+                EnginePrepared(
+                    rank=rank, generation=generation, seconds=0.0, memory=AWAKE
+                )
             )
-        )
+            return
+        did = {
+            "rank": rank,
+            "generation": generation,
+            "phases": {command: 0.0},
+            "memory_before_bytes": 1,
+            "memory_after_bytes": 2,
+        }
+        match command:
+            case "build":
+                self.say(EngineBuilt(**did, memory=AWAKE))
+            case "suspend":
+                self.say(EngineSuspended(**did, level=level, memory=AT_LEVEL[level]))
+            case "resume":
+                self.say(EngineResumed(**did, memory=AWAKE))
+            case _:
+                self.say(EngineClosed(**did))
         if command in ("close", "drop"):
             self.engines.pop(generation, None)
 

@@ -41,6 +41,7 @@ from vllm_resident.messages import (
     MAX_MESSAGE_BYTES,
     CallFailed,
     CancelGenerate,
+    CheckpointPrefetched,
     ClientMessage,
     Generate,
     GenerateOutput,
@@ -49,8 +50,11 @@ from vllm_resident.messages import (
     PoolStopped,
     Progress,
     ShutdownPool,
+    SleepEngine,
     StatusReported,
     SwitchDone,
+    SwitchEngines,
+    WakeUpEngine,
 )
 from vllm_resident.transport import GREETING, Decoder, encode
 
@@ -148,6 +152,44 @@ def test_load_reports_progress_then_the_switch(serve: Serve, client: Client) -> 
     got = client.load("e", "m", on_progress=lambda p: phases.append(p.phase))
     assert got == report
     assert phases == ["build"]
+
+
+def test_what_is_switched_reports_progress_then_the_switch(
+    serve: Serve, client: Client
+) -> None:
+    report = SwitchReport("x", 2.0, {}, [], path=["drain", "sleep"], unavailable_s=0.1)
+    controller = serve(
+        lambda m: [
+            Progress(call=m.call, engine="e", phase="drain", elapsed_s=0.1),
+            SwitchDone(call=m.call, report=report),
+        ]
+    )
+    phases: list[str] = []
+
+    def on_progress(progress: Progress) -> None:
+        phases.append(progress.phase)
+
+    assert client.sleep("e", 2, on_progress=on_progress) == report
+    assert client.wake_up("e", on_progress=on_progress) == report
+    assert client.switch("e", "f", on_progress=on_progress) == report
+    assert phases == ["drain"] * 3
+    kinds = [type(message) for message in controller.received]
+    assert kinds == [SleepEngine, WakeUpEngine, SwitchEngines]
+
+
+def test_a_prefetch_reports_progress_then_what_was_read(
+    serve: Serve, client: Client
+) -> None:
+    serve(
+        lambda m: [
+            Progress(call=m.call, engine="", phase="prefetch", elapsed_s=0.0),
+            CheckpointPrefetched(call=m.call, num_bytes=5, seconds=1.0, hosts=["h"]),
+        ]
+    )
+    phases: list[str] = []
+    done = client.prefetch("m", on_progress=lambda p: phases.append(p.phase))
+    assert (done.num_bytes, done.seconds, done.hosts) == (5, 1.0, ["h"])
+    assert phases == ["prefetch"]
 
 
 def test_an_error_comes_out_as_its_class(serve: Serve, client: Client) -> None:

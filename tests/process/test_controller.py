@@ -283,7 +283,7 @@ def test_life_of_a_pool(pool):
     for process in (pool.processes[0], *ranks):
         assert process.wait(10) == 0
     left = {path.name for path in (pool.directory / "default").iterdir()}
-    assert left == {"controller.lock"}
+    assert left == {"controller.lock", "transitions.jsonl"}
     assert "event=engine_phase engine=a ranks=0,1 generation=1" in pool.log()
     assert "Traceback" not in pool.log()
 

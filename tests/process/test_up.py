@@ -216,6 +216,56 @@ def test_a_layout_that_cannot_be_applied_leaves_nothing_behind(
     wait_until(lambda: not shell.pool_processes())
 
 
+def test_a_wrong_pool_file_starts_nothing(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "pool.toml"
+    file.write_text('[models.a]\nmodel = "m"\npined = true\n')
+    done = shell.run("up", "--config", str(file))
+    assert done.returncode == 2
+    assert f"{file}:3: model 'a': unknown key 'pined'" in done.stderr
+    assert not (shell.folder / "default" / "logs" / "torchrun.log").exists()
+    there = shell.run("up", "--config", str(file), "--controller", "tcp://127.0.0.1:1")
+    assert there.returncode == 2
+    assert "runs already" in there.stderr
+
+
+def test_sleepers_by_command_from_start_to_trace(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "pool.toml"
+    file.write_text(
+        '[models.a]\nmodel = "m"\nranks = [0]\nstart = "loaded"\n'
+        '[models.b]\nmodel = "m"\nranks = [0]\nstart = "asleep"\n'
+        '[models.c]\nmodel = "m"\nranks = [1]\n'
+    )
+    _, document = shell.up("--config", str(file))
+    phases = {e["name"]: e["phase"] for e in document["status"]["engines"]}
+    assert phases == {"a": "ready", "b": "asleep"}
+
+    def levels() -> dict[str, int]:
+        status = json.loads(shell.run("status", "--json").stdout)
+        steady = [e for e in status["engines"] if e["phase"] in ("ready", "asleep")]
+        return {e["name"]: e["sleep_level"] for e in steady}
+
+    def done(words: str) -> str:
+        finished = shell.run(*words.split())
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    assert levels() == {"a": 0, "b": 1}
+    assert "b woken" in done("switch a b")
+    assert levels() == {"a": 1, "b": 0}
+    assert "c loaded" in done("load c")
+    assert "put to sleep (level 2)" in done("sleep a --level 2")
+    done("wake-up a")
+    assert levels() == {"a": 0, "b": 1, "c": 0}
+    ledger = done("status --ledger")
+    assert "asleep (level 1)" in ledger
+    assert "host memory" in ledger
+    out = tmp_path / "trace.json"
+    assert "ui.perfetto.dev" in done(f"trace --since 1h -o {out}")
+    names = [e["name"] for e in json.loads(out.read_text())["traceEvents"]]
+    assert "wake_up b, a" in names or "wake_up a, b" in names
+    assert sum(name.startswith("switch") for name in names) == 1
+
+
 def test_a_wrong_layout_file_starts_nothing(shell: Shell, tmp_path: Path) -> None:
     done = shell.run("up", "--layout", str(tmp_path / "none.toml"))
     assert done.returncode == 2

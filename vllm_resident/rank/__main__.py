@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from vllm_resident import transport
+from vllm_resident.config import CONFIG_VARIABLE, read_pool
 from vllm_resident.errors import PatchError, ResidentError
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.prepare import prepare_process
@@ -45,6 +46,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--pool",
         default="default",
         help="name of the pool on this machine (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="POOL.toml",
+        default=os.environ.get(CONFIG_VARIABLE),
+        help="what the pool may hold and how much of it, for the controller that rank "
+        f"0 starts (default: ${CONFIG_VARIABLE})",
     )
     return parser.parse_args(argv)
 
@@ -77,7 +85,7 @@ def main() -> int:
         return 2
     if not arguments.controller and rank == 0:
         try:
-            _start_controller(arguments.pool, directory)
+            _start_controller(arguments.pool, directory, arguments.config)
         except ResidentError as error:
             _say(str(error), terminal)
             return 2
@@ -123,12 +131,17 @@ def _log_to_file(path: Path) -> int:
     return terminal
 
 
-def _start_controller(pool: str, directory: Path) -> None:
+def _start_controller(pool: str, directory: Path, config: str | None) -> None:
     """Start the embedded controller, a process of its own that ends with the launcher;
     wait until it, or the one from before a restart of the ranks, has the pool.
 
-    Raises `ResidentError` when another launcher's pool keeps the name.
+    Raises `ResidentError` when another launcher's pool keeps the name, or the pool.toml
+    is wrong.
     """
+    if config:
+        read_pool(
+            config
+        )  # the person at the terminal does not see the controller's log
     launcher = os.getppid()
     deadline = time.monotonic() + CONTROLLER_START_S
     process: subprocess.Popen[bytes] | None = None
@@ -136,7 +149,7 @@ def _start_controller(pool: str, directory: Path) -> None:
         if _pool_owner(directory) == launcher:
             return
         if process is None or process.poll() is not None:
-            process = _spawn_controller(pool, launcher, directory)
+            process = _spawn_controller(pool, launcher, directory, config)
         time.sleep(0.1)
     raise ResidentError(
         f"no controller took the pool {pool!r} within {CONTROLLER_START_S:g} s: "
@@ -156,7 +169,7 @@ def _pool_owner(directory: Path) -> int | None:
 
 
 def _spawn_controller(
-    pool: str, launcher: int, directory: Path
+    pool: str, launcher: int, directory: Path, config: str | None
 ) -> subprocess.Popen[bytes]:
     with open(directory / "logs" / "controller.log", "a", encoding="utf-8") as output:
         return subprocess.Popen(
@@ -168,6 +181,7 @@ def _spawn_controller(
                 pool,
                 "--owner-pid",
                 str(launcher),
+                *(["--config", config] if config else []),
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,

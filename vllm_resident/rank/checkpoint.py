@@ -12,7 +12,9 @@ import sys
 from functools import _lru_cache_wrapper
 from pathlib import Path
 
-_WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth"))
+# In the order in which vLLM looks for them.
+_FORMATS = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHTS = frozenset(_FORMATS)
 # Modules of vLLM whose caches hold what was read from a checkpoint (0.32.0).
 _READERS = ("vllm.transformers_utils",)
 _TOKENIZERS = ("vllm.tokenizers", "vllm.renderers")
@@ -37,6 +39,18 @@ def forget_if_changed(folder: str) -> None:
     _clear_caches(_READERS)
     if any(Path(name).suffix not in _WEIGHTS for name in changed):
         _clear_caches(_TOKENIZERS)
+
+
+def num_weight_bytes(folder: str) -> int:
+    """The size of a local checkpoint's weights; 0 for the name of a model on a hub.
+    Where the same weights are there in several formats, vLLM reads one: safetensors."""
+    sizes: dict[str, int] = {}
+    for name, (num_bytes, _) in _files(folder).items():
+        # Weights in a folder below are another form of the same.
+        if os.path.dirname(name) == "":
+            suffix = Path(name).suffix
+            sizes[suffix] = sizes.get(suffix, 0) + num_bytes
+    return next((sizes[suffix] for suffix in _FORMATS if suffix in sizes), 0)
 
 
 def _files(folder: str) -> Files:

@@ -33,11 +33,12 @@ from vllm_resident.messages import (
     Hello,
     HelloAgain,
     RankGauges,
+    ReadCheckpoint,
     RequestFailed,
     RequestOutput,
     ToRankMessage,
 )
-from vllm_resident.rank import mapping
+from vllm_resident.rank import mapping, prefetch
 from vllm_resident.rank.device import messaging_context, roam
 from vllm_resident.transport import Decoder, encode, open_socket
 
@@ -225,6 +226,8 @@ class Control(threading.Thread):
                     pass
                 case HelloAgain():
                     self._post(socket, self._hello())
+                case ReadCheckpoint():
+                    prefetch.start(self._rank, message, self.send)
                 case _:
                     self._deliver(message)
 

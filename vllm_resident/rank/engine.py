@@ -1,4 +1,4 @@
-"""Build, step and release one vLLM engine in this process, inside an entered world.
+"""Build, step, put to sleep and release one vLLM engine, inside an entered world.
 
 The only module that constructs an `LLMEngine`. It passes vLLM's own engine arguments
 on, gives the executor its rendezvous from the world, and at the end gives back
@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
@@ -36,22 +33,16 @@ from vllm.v1.executor.uniproc_executor import (
 )
 
 from vllm_resident.errors import CommandRejected, ReleaseIncomplete
-from vllm_resident.rank import checkpoint
+from vllm_resident.messages import EngineMemory
+from vllm_resident.rank import ambient, checkpoint, ledger, sleep
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.world import World
 
 OnPhase = Callable[[str], None]
 
 BACKEND = "external_launcher"
-_SET_NUM_THREADS = torch.set_num_threads
 # Those built and not yet released in this process.
 _engines: set[Engine] = set()
-# Variables that vLLM sets for one engine and takes for the user's own in the next
-# (0.32.0: platforms/cpu.py, distributed/eplb/eplb_utils.py).
-_ENVIRONMENT = {
-    name: os.environ.get(name)
-    for name in ("LOCAL_WORLD_SIZE", "NCCL_MAX_CTAS", "VLLM_SSM_CONV_STATE_LAYOUT")
-}
 
 
 def warm_up(device: Device) -> None:
@@ -68,7 +59,18 @@ def engine_arg_names() -> list[str]:
     return sorted(field.name for field in fields(EngineArgs) if field.init)
 
 
-def configure(model: str, engine_args: dict[str, Any]) -> VllmConfig:
+@dataclass(frozen=True)
+class Prepared:
+    """What vLLM made of an engine's arguments: its configuration, the environment
+    variables that it set with it, and what the engine will need on one rank, as far as
+    files and arguments tell."""
+
+    config: VllmConfig
+    variables: ambient.Variables
+    memory: EngineMemory
+
+
+def configure(model: str, engine_args: dict[str, Any]) -> Prepared:
     """vLLM's whole configuration for `model`; reads its config files, no weights.
 
     Raises `CommandRejected` with vLLM's own words where it refuses. Blocks up to
@@ -79,19 +81,31 @@ def configure(model: str, engine_args: dict[str, Any]) -> VllmConfig:
     for folder in {model, str(engine_args.get("tokenizer") or model)}:
         checkpoint.forget_if_changed(folder)
     args = {"disable_log_stats": True, **engine_args}
-    # Variables such as VLLM_CPU_KVCACHE_SPACE may differ from one engine to the next;
-    # vLLM caches them at the end of a build.
-    envs.disable_envs_cache()
+    if current_platform.device_type != "cpu":
+        # Decides where weights are allocated; on CPU vLLM refuses it.
+        args.setdefault("enable_sleep_mode", True)
+    outside = ambient.variables()
     try:
-        return EngineArgs(
+        config = EngineArgs(
             model=model, distributed_executor_backend=BACKEND, **args
         ).create_engine_config(UsageContext.LLM_CLASS)
+        return Prepared(config, ambient.variables(), _expected_memory(config))
     # Whatever vLLM, transformers or pydantic raise about arguments and config files:
     # nothing was built, so it is the caller's to mend.
     except Exception as error:
         raise CommandRejected(
             f"vLLM refuses this engine: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        ambient.set_variables(outside)
+
+
+def _expected_memory(config: VllmConfig) -> EngineMemory:
+    parallel = config.parallel_config
+    num_parts = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    weights = checkpoint.num_weight_bytes(config.model_config.model) // num_parts
+    kv_cache = config.cache_config.kv_cache_memory_bytes or 0
+    return EngineMemory(device_bytes=weights + kv_cache)
 
 
 class ResidentExecutor(ExecutorWithExternalLauncher):
@@ -122,17 +136,28 @@ class Engine:
     Make it with `Engine.build`. Main thread only. `release` may be called twice.
     """
 
-    def __init__(self, llm: LLMEngine, world: World, device: Device) -> None:
+    def __init__(
+        self,
+        llm: LLMEngine,
+        world: World,
+        device: Device,
+        backend: sleep.ResidentMemory,
+        *,
+        can_read_again: bool,
+    ) -> None:
         self.llm = llm
         self.world = world
         self._device = device
+        self._backend = backend
+        self._can_read_again = can_read_again
         self._model = weakref.ref(llm.model_executor.driver_worker.get_model())
+        ledger.count_model(self._model)
         self.released = False
         _engines.add(self)
 
     @classmethod
     def build(
-        cls, config: VllmConfig, world: World, device: Device, on_phase: OnPhase
+        cls, prepared: Prepared, world: World, device: Device, on_phase: OnPhase
     ) -> Engine:
         """Build the engine collectively with the world's other ranks; blocks.
 
@@ -140,17 +165,26 @@ class Engine:
         engine behind: give it to `abandon`.
         """
         world.enter()
+        world.set_variables(prepared.variables)
+        others = sleep.allocations_of_others(device)
         on_phase("tokenizer")
         with _no_collections():
             llm = LLMEngine(
-                config,
+                prepared.config,
                 partial(ResidentExecutor, world=world, on_phase=on_phase),
                 log_stats=False,
                 usage_context=UsageContext.LLM_CLASS,
             )
         # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
         llm.engine_core._finalizer.detach()
-        return cls(llm, world, device)
+        worker = llm.model_executor.driver_worker.worker
+        return cls(
+            llm,
+            world,
+            device,
+            sleep.engine_memory(worker, device, others),
+            can_read_again=sleep.can_read_again(prepared.config),
+        )
 
     @property
     def core(self) -> EngineCore:
@@ -165,6 +199,94 @@ class Engine:
         """One step through the front half: schedule, run, detokenize. Collective."""
         self.world.enter()
         return self.llm.step()
+
+    @property
+    def sleep_level(self) -> int:
+        """0 while it is awake; 1 or 2 while it sleeps."""
+        return self._backend.level
+
+    def memory(self) -> EngineMemory:
+        """What it has on this rank now."""
+        weights = self._backend.num_weight_bytes
+        if self.sleep_level == 0:
+            return EngineMemory(device_bytes=weights + self._backend.num_kv_cache_bytes)
+        return EngineMemory(host_bytes=weights if self.sleep_level == 1 else 0)
+
+    def check_sleep(self, level: int) -> None:
+        """Raise `CommandRejected` where `sleep(level)` would, and change nothing."""
+        if level not in (1, 2):
+            raise CommandRejected(f"sleep level {level}: there are 1 and 2")
+        if level < self.sleep_level:
+            raise CommandRejected(
+                f"it sleeps at level {self.sleep_level}, its weights are gone: wake it "
+                f"up before putting it to level {level}"
+            )
+        if level == 2 and not self._can_read_again:
+            raise CommandRejected(
+                "its weights did not come from a checkpoint that can be read again: "
+                "it can sleep at level 1 only"
+            )
+
+    def sleep(self, level: int, on_phase: OnPhase) -> int:
+        """Give its memory back, on this rank; returns the bytes copied to the host.
+
+        It must have no work left. Level 1 keeps the weights in host memory, level 2
+        nothing but the engine itself; from 1 it may go on to 2. No-op at the level it
+        has already. `on_phase` hears `free_kv_cache`, then `free_weights`. Raises
+        `CommandRejected` where that cannot be (nothing is changed then) and
+        `ReleaseIncomplete` if memory was not given back: release the engine then.
+        """
+        self.check_sleep(level)
+        if level == self.sleep_level:
+            return 0
+        if self.has_work:
+            raise CommandRejected("it has requests: abort them before it sleeps")
+        self.world.enter()
+        was_awake = self.sleep_level == 0
+        if was_awake:
+            on_phase("free_kv_cache")
+            # What the caches know of is about to go, prefixes and images included.
+            self.core.pause_scheduler("abort", clear_cache=True)
+            self._backend.discard((sleep.KV_CACHE,))
+        on_phase("free_weights")
+        before = self._device.memory()[0]
+        self._backend.suspend(level)
+        if level == 2:
+            self._device.empty_cache()
+        self._prove_asleep(before)
+        on_device = self._device.type != "cpu" and was_awake and level == 1
+        return self._backend.num_weight_bytes if on_device else 0
+
+    def _prove_asleep(self, before: int) -> None:
+        """Raise `ReleaseIncomplete` unless the memory is back, of which the device had
+        `before` bytes in use."""
+        name = f"{self.world.identity} asleep at level {self.sleep_level}"
+        if held := self._backend.held():
+            raise ReleaseIncomplete(f"{name} still holds {held}", phase="free_weights")
+        after = self._device.memory()[0]
+        ledger.require_fall(before, after, self._backend.num_freed_bytes(), name)
+
+    def wake_up(self, on_phase: OnPhase) -> int:
+        """Have its memory again and be ready to step; returns the bytes brought back
+        to the device. No-op for an engine that is awake.
+
+        Blocks while weights are read (level 2). `on_phase` hears `read_weights`,
+        `restore_kv_cache`, `resume`. An error leaves it unfit: release it.
+        """
+        if (level := self.sleep_level) == 0:
+            return 0
+        self.world.enter()
+        on_phase("read_weights")
+        self._backend.resume([sleep.WEIGHTS])
+        on_phase("restore_kv_cache")
+        self._backend.resume([sleep.KV_CACHE])
+        on_phase("resume")
+        self.core.resume_scheduler()
+        if level == 2:
+            # What reading left over.
+            self._device.empty_cache()
+        stayed = self._device.type == "cpu" and level == 1
+        return 0 if stayed else self._backend.num_weight_bytes
 
     def release(self) -> None:
         """Destroy the engine and its world and give everything back.
@@ -181,9 +303,8 @@ class Engine:
             core.shutdown()
             llm._finalizer()
         finally:
-            del self.llm, llm, core
+            del self.llm, self._backend, llm, core
             self.world.close()
-            _restore_globals()
             _collect(self._device)
         if (model := self._model()) is not None:
             holders = [type(each).__name__ for each in gc.get_referrers(model)]
@@ -202,7 +323,6 @@ def abandon(error: BaseException | None, world: World, device: Device) -> None:
     try:
         world.close()
     finally:
-        _restore_globals()
         _collect(device)
 
 
@@ -215,17 +335,6 @@ def _no_collections() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _restore_globals() -> None:
-    """Undo what a build does to the process outside its world."""
-    envs.disable_envs_cache()
-    torch.set_num_threads = _SET_NUM_THREADS
-    for name, value in _ENVIRONMENT.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def _collect(device: Device) -> None:

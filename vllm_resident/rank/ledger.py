@@ -1,25 +1,67 @@
 """What this rank holds right now, read from the kernel and the device, not from memory.
 
-Reading costs well under a millisecond, so heartbeats carry it.
+Reading costs about a millisecond, so heartbeats carry it. What should have been given
+back and was not is a `ReleaseIncomplete`.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
+from typing import Any
 
+from vllm_resident.errors import ReleaseIncomplete
 from vllm_resident.messages import RankGauges
 from vllm_resident.rank import mapping
 from vllm_resident.rank.device import Device
+from vllm_resident.rank.world import num_process_groups
+
+# Other threads allocate meanwhile, and an allocator keeps what is less than a page.
+_TOLERANCE = 0.25
+_TOLERANCE_BYTES = 64 * 2**20
+
+# The models of this process, also of engines that were released, while they are alive.
+_models: dict[int, weakref.ref[Any]] = {}
 
 
 def read(device: Device, segment_token: str) -> RankGauges:
     """The rank's gauges; `segment_token` is in the name of each of the pool's shared
     segments. Any thread."""
     used, total = device.memory()
+    descriptors = os.listdir("/proc/self/fd")
     return RankGauges(
         memory_used_bytes=used,
         memory_total_bytes=total,
-        num_file_descriptors=len(os.listdir("/proc/self/fd")),
+        num_file_descriptors=len(descriptors),
         num_threads=len(os.listdir("/proc/self/task")),
         num_shm_segments=mapping.num_shared_segments(segment_token),
+        num_sockets=sum(_is_socket(each) for each in descriptors),
+        num_process_groups=num_process_groups(),
+        num_engines=sum(model() is not None for model in list(_models.values())),
     )
+
+
+def count_model(model: weakref.ref[Any]) -> None:
+    """Count an engine's model among the living until it is not."""
+    for number, known in list(_models.items()):
+        if known() is None:
+            del _models[number]
+    _models[id(model)] = model
+
+
+def require_fall(before: int, after: int, expected: int, what: str) -> None:
+    """Raise `ReleaseIncomplete` unless the device's memory fell from `before` to
+    `after` by about the `expected` bytes."""
+    missing = expected - (before - after)
+    if missing > max(_TOLERANCE_BYTES, _TOLERANCE * expected):
+        raise ReleaseIncomplete(
+            f"{what} gave back {before - after} of {expected} bytes",
+            phase="free_weights",
+        )
+
+
+def _is_socket(descriptor: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
+    except OSError:  # closed since
+        return False

@@ -1,4 +1,4 @@
-"""The command loop of one rank: commands and plans in, engines built, stepped, closed.
+"""The command loop of one rank: engines built, stepped, put to sleep, woken, closed.
 
 The main thread's whole life. Commands come from the control thread, plans from the
 leaders of the engines this rank follows; between them every engine that has work takes
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
-from vllm.config import VllmConfig
 
 from vllm_resident import messages
 from vllm_resident.errors import (
@@ -29,27 +27,10 @@ from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device, messaging_context
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
 from vllm_resident.rank.requests import Requests
+from vllm_resident.rank.serving import Hosted, Serving, Suspension
 from vllm_resident.rank.world import Store, World
 
 log = logging.getLogger("vllm_resident.rank")
-
-
-@dataclass
-class Hosted:
-    """One engine's part on this rank, from prepare to close."""
-
-    generation: int
-    name: str
-    ranks: list[int]
-    config: VllmConfig | None = None
-    world: World | None = None
-    engine: Engine | None = None
-    leader: lockstep.Leader | None = None
-    follower: lockstep.Follower | None = None
-    requests: Requests | None = None
-    failed: bool = False
-    close_deadline: float | None = None
-    lines: list[zmq.Socket[bytes]] = field(default_factory=list)
 
 
 class RankLoop:
@@ -72,6 +53,7 @@ class RankLoop:
         self._owner = owner
         self._session = ""
         self._hosted: dict[int, Hosted] = {}
+        self._serving = Serving(rank, control)
         self._faults = faults.declared()
         self._context = messaging_context()
         self._poller = zmq.Poller()
@@ -95,7 +77,7 @@ class RankLoop:
         return sorted(self._hosted.copy())
 
     def _patience_ms(self) -> int:
-        return 100 if any(h.close_deadline for h in self._hosted.values()) else 1000
+        return 100 if any(h.awaits_stop for h in self._hosted.values()) else 1000
 
     # ------------------------------------------------------------------ commands
 
@@ -119,18 +101,29 @@ class RankLoop:
             case messages.ExitRank(reason=reason, failed=failed):
                 log.info("event=exit rank=%d reason=%r", self._rank, reason)
                 self._status = int(failed)
+            case messages.AddRequest(generation=generation):
+                if (hosted := self._hosted.get(generation)) is not None:
+                    self._serving.add(hosted, command)
+            case messages.AbortRequest(generation=generation, request=request):
+                if (hosted := self._hosted.get(generation)) is not None:
+                    self._serving.end_request(hosted, request)
+            case _:
+                self._handle_engine(command)
+
+    def _handle_engine(self, command: messages.ToRankMessage) -> None:
+        match command:
             case messages.PrepareEngine():
                 self._prepare(command)
             case messages.BuildEngine():
                 self._build(command)
+            case messages.SuspendEngine():
+                self._suspend(command)
+            case messages.ResumeEngine():
+                self._resume(command)
             case messages.CloseEngine():
                 self._close(command)
             case messages.DropEngine(generation=generation):
                 self._drop(generation)
-            case messages.AddRequest():
-                self._add(command)
-            case messages.AbortRequest():
-                self._abort(command)
 
     def _join(self, session: str) -> None:
         """Belong to this life of the controller; what an earlier one had built here is
@@ -149,18 +142,19 @@ class RankLoop:
         self._phase(generation, "prepare")
         try:
             faults.trip(self._faults, self._rank, "prepare", command.name)
-            config = configure(command.model, command.engine_args)
+            prepared = configure(command.model, command.engine_args)
         except (ResidentError, faults.InjectedFault) as error:
             self._fail(generation, error, "prepare")
             return
         self._hosted[generation] = Hosted(
-            generation, command.name, command.ranks, config
+            generation, command.name, command.ranks, prepared
         )
         self._control.send(
             messages.EnginePrepared(
                 rank=self._rank,
                 generation=generation,
                 seconds=time.monotonic() - since,
+                memory=prepared.memory,
             )
         )
 
@@ -185,6 +179,7 @@ class RankLoop:
             self._release(hosted)
             return
         clock.stop()
+        assert hosted.engine is not None
         self._control.send(
             messages.EngineBuilt(
                 rank=self._rank,
@@ -192,6 +187,7 @@ class RankLoop:
                 phases=clock.phases,
                 memory_before_bytes=before,
                 memory_after_bytes=self._device.memory()[0],
+                memory=hosted.engine.memory(),
             )
         )
 
@@ -210,9 +206,9 @@ class RankLoop:
             on_start=lambda world: self._control.watch_world(generation, world),
         )
         hosted.world = world
-        config, hosted.config = hosted.config, None
-        assert config is not None
-        hosted.engine = Engine.build(config, world, self._device, clock.start)
+        prepared, hosted.prepared = hosted.prepared, None
+        assert prepared is not None
+        hosted.engine = Engine.build(prepared, world, self._device, clock.start)
         clock.start("lockstep")
         if world.rank == 0:
             hosted.lines = lockstep.lead(
@@ -229,7 +225,7 @@ class RankLoop:
             line = lockstep.follow(self._context, world.rank, world.store)
             hosted.lines = [line]
             hosted.follower = lockstep.Follower(hosted.engine.core, line)
-            self._poller.register(line, zmq.POLLIN)
+            self._listen(hosted)
 
     def _enter_phase(self, hosted: Hosted, phase: str) -> None:
         self._phase(hosted.generation, phase)
@@ -237,32 +233,146 @@ class RankLoop:
         if self._control.is_dropped(hosted.generation):
             raise RankFailure("called off by the controller", phase=phase)
 
+    # ------------------------------------------------------------ sleep and wake
+
+    def _suspend(self, command: messages.SuspendEngine) -> None:
+        """Put an engine to sleep: here and now where nothing steps, else at the same
+        step on every rank."""
+        hosted = self._hosted.get(command.generation)
+        if hosted is None or hosted.engine is None or hosted.failed:
+            return
+        try:
+            hosted.engine.check_sleep(command.level)
+        except CommandRejected as error:
+            # On every rank alike: they were built of the same arguments.
+            self._fail(hosted.generation, error, "suspend")
+            return
+        hosted.suspension = Suspension(
+            command.level,
+            time.monotonic() + command.timeout_s,
+            PhaseClock(lambda phase: self._enter_phase(hosted, phase)),
+            self._device.memory()[0],
+        )
+        try:
+            if hosted.asleep:
+                self._fall_asleep(hosted)
+                return
+            hosted.suspension.clock.start("stop")
+            if hosted.leader is not None:
+                self._serving.stop(hosted, hosted.suspension.deadline)
+                self._fall_asleep(hosted)
+            else:
+                self._check_stop(hosted)
+        # What is in flight still steps, and giving memory back is vLLM's and torch's.
+        except Exception as error:  # noqa: BLE001 (logged there)
+            self._fail_suspension(hosted, error)
+
+    def _fall_asleep(self, hosted: Hosted) -> None:
+        suspension, engine = hosted.suspension, hosted.engine
+        assert suspension is not None
+        assert engine is not None
+        moved = engine.sleep(suspension.level, suspension.clock.start)
+        suspension.clock.stop()
+        hosted.suspension = None
+        # Its leader may be awake again, and plan, before this rank is.
+        self._stop_listening(hosted)
+        self._control.send(
+            messages.EngineSuspended(
+                rank=self._rank,
+                generation=hosted.generation,
+                level=engine.sleep_level,
+                phases=suspension.clock.phases,
+                memory_before_bytes=suspension.memory_before_bytes,
+                memory_after_bytes=self._device.memory()[0],
+                memory=engine.memory(),
+                moved_bytes=moved,
+            )
+        )
+
+    def _fail_suspension(self, hosted: Hosted, error: Exception) -> None:
+        assert hosted.suspension is not None
+        log.error(
+            "event=suspend_failed generation=%d", hosted.generation, exc_info=error
+        )
+        phase = hosted.suspension.clock.current
+        hosted.suspension = None
+        hosted.failed = True
+        self._fail(hosted.generation, error, phase)
+
+    def _resume(self, command: messages.ResumeEngine) -> None:
+        hosted = self._hosted.get(command.generation)
+        if hosted is None or hosted.engine is None or hosted.failed:
+            return
+        before = self._device.memory()[0]
+        clock = PhaseClock(lambda phase: self._enter_phase(hosted, phase))
+        try:
+            moved = hosted.engine.wake_up(clock.start)
+        # Waking reads weights with the model's own code.
+        except Exception as error:
+            log.exception("event=resume_failed generation=%d", hosted.generation)
+            hosted.failed = True
+            self._fail(hosted.generation, error, clock.current)
+            return
+        self._listen(hosted)
+        clock.stop()
+        self._control.send(
+            messages.EngineResumed(
+                rank=self._rank,
+                generation=hosted.generation,
+                phases=clock.phases,
+                memory_before_bytes=before,
+                memory_after_bytes=self._device.memory()[0],
+                memory=hosted.engine.memory(),
+                moved_bytes=moved,
+            )
+        )
+
+    def _listen(self, hosted: Hosted) -> None:
+        """Take plans, if this rank follows; may be called twice."""
+        if hosted.follower is not None:
+            hosted.follower.stopped = False
+            self._poller.register(hosted.follower.socket, zmq.POLLIN)
+
+    def _stop_listening(self, hosted: Hosted) -> None:
+        if hosted.follower is not None and hosted.follower.socket in self._poller:
+            self._poller.unregister(hosted.follower.socket)
+
+    # ------------------------------------------------------------------- the end
+
     def _close(self, command: messages.CloseEngine) -> None:
         hosted = self._hosted.get(command.generation)
         if hosted is None or hosted.engine is None:
             # Nothing that steps: there is no step to stop at, and the answer is due.
             self._drop(command.generation)
+        elif hosted.asleep and not hosted.failed:
+            self._finish_close(hosted)
         elif hosted.leader is not None and not hosted.failed:
-            self._end_requests(hosted)
+            self._serving.end_requests(hosted)
             hosted.leader.stop()
             self._finish_close(hosted)
         else:
             hosted.close_deadline = time.monotonic() + command.timeout_s
-            self._check_close(hosted)
+            self._check_stop(hosted)
 
-    def _check_close(self, hosted: Hosted) -> None:
-        """A follower closes at its leader's stop plan, or at the deadline."""
-        if hosted.close_deadline is None:
+    def _check_stop(self, hosted: Hosted) -> None:
+        """A follower closes, or sleeps, at its leader's stop plan, or gives up at the
+        deadline."""
+        if not hosted.awaits_stop:
             return
-        if hosted.follower is not None and hosted.follower.stopped:
-            self._finish_close(hosted)
-        elif time.monotonic() > hosted.close_deadline:
-            self._release(hosted)
-            self._fail(
-                hosted.generation,
-                RankTimeout("the leader's stop plan did not come within the deadline"),
-                "close",
-            )
+        now = time.monotonic()
+        stopped = hosted.follower is not None and hosted.follower.stopped
+        late = RankTimeout("the leader's stop plan did not come within the deadline")
+        if hosted.close_deadline is not None:
+            if stopped:
+                self._finish_close(hosted)
+            elif now > hosted.close_deadline:
+                self._release(hosted)
+                self._fail(hosted.generation, late, "close")
+        elif hosted.suspension is not None:
+            if stopped:
+                self._fall_asleep(hosted)
+            elif now > hosted.suspension.deadline:
+                raise late
 
     def _drop(self, generation: int) -> None:
         hosted = self._hosted.get(generation)
@@ -299,8 +409,7 @@ class RankLoop:
     def _release(self, hosted: Hosted) -> Exception | None:
         """Give back what the rank holds of the engine; returns what went wrong."""
         self._hosted.pop(hosted.generation, None)
-        if hosted.follower is not None:
-            self._poller.unregister(hosted.follower.socket)
+        self._stop_listening(hosted)
         for line in hosted.lines:
             line.close()
         engine, hosted.engine = hosted.engine, None
@@ -317,102 +426,25 @@ class RankLoop:
             self._control.forget(hosted.generation)
         return None
 
-    # ------------------------------------------------------------------- serving
-
-    def _add(self, command: messages.AddRequest) -> None:
-        hosted = self._hosted.get(command.generation)
-        if hosted is None or hosted.requests is None or hosted.failed:
-            return
-        try:
-            hosted.requests.add(
-                command.request,
-                command.prompts,
-                command.sampling_params,
-                command.stream,
-            )
-        except CommandRejected as error:
-            self._control.send(
-                messages.RequestFailed(
-                    rank=self._rank,
-                    generation=command.generation,
-                    request=command.request,
-                    error=error.to_info(),
-                )
-            )
-            return
-        self._control.send(
-            messages.RequestsAccepted(
-                rank=self._rank,
-                generation=command.generation,
-                request=command.request,
-            )
-        )
-
-    def _abort(self, command: messages.AbortRequest) -> None:
-        hosted = self._hosted.get(command.generation)
-        if hosted is not None and hosted.requests is not None:
-            self._end_request(hosted, command.request)
-
-    def _end_requests(self, hosted: Hosted) -> None:
-        if hosted.requests is not None:
-            for number in hosted.requests.numbers:
-                self._end_request(hosted, number)
-
-    def _end_request(self, hosted: Hosted, number: int) -> None:
-        if hosted.requests is not None and number in hosted.requests.numbers:
-            self._output(hosted, number, hosted.requests.abort(number), True)
-
-    def _output(
-        self,
-        hosted: Hosted,
-        number: int,
-        completions: list[messages.Completion],
-        done: bool,
-    ) -> None:
-        self._control.send(
-            messages.RequestOutput(
-                rank=self._rank,
-                generation=hosted.generation,
-                request=number,
-                completions=completions,
-                done=done,
-            )
-        )
-
     def _step_engines(self) -> bool:
         """Let every engine that can do something do one step; True if any did."""
         busy = False
         for hosted in list(self._hosted.values()):
-            if hosted.failed or hosted.engine is None:
+            if not hosted.steps and not hosted.awaits_stop:
                 continue
             try:
-                busy |= self._step(hosted)
+                if hosted.steps:
+                    busy |= self._serving.step(hosted)
+                self._check_stop(hosted)
             # A step runs the model's code and collectives: an error ends the engine.
             except Exception as error:
+                if hosted.suspension is not None:
+                    self._fail_suspension(hosted, error)
+                    continue
                 log.exception("event=step_failed generation=%d", hosted.generation)
                 hosted.failed = True
                 self._fail(hosted.generation, error, "step")
-            self._check_close(hosted)
         return busy
-
-    def _step(self, hosted: Hosted) -> bool:
-        engine = hosted.engine
-        assert engine is not None
-        if hosted.follower is not None:
-            if hosted.follower.stopped:
-                return False
-            engine.world.enter()
-            return hosted.follower.follow()
-        assert hosted.leader is not None
-        assert hosted.requests is not None
-        if not engine.has_work and not hosted.leader.has_pending:
-            return False
-        outputs = engine.step()
-        for number, completions, done in hosted.requests.collect(outputs):
-            self._output(hosted, number, completions, done)
-        if not engine.has_work and not hosted.leader.has_pending:
-            hosted.leader.settle()
-        return True
 
     # ------------------------------------------------------------------- reports
 

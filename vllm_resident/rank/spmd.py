@@ -61,8 +61,11 @@ class SpmdEngine:
 
         Prompts are texts or lists of token ids, sampling parameters vLLM's by name.
         Returns completions sorted by (prompt_index, index). Raises `CommandRejected`
-        (nothing has run then) where vLLM refuses a prompt or a parameter.
+        (nothing has run then) where vLLM refuses a prompt or a parameter, or while the
+        engine sleeps.
         """
+        if self.sleep_level:
+            raise CommandRejected("the engine is asleep: wake it up first")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         number = self._num_calls
         self._num_calls += 1
@@ -75,6 +78,31 @@ class SpmdEngine:
                 completions.extend(fresh)
         return sorted(completions, key=lambda each: (each.prompt_index, each.index))
 
+    @property
+    def sleep_level(self) -> int:
+        """0 while it is awake; 1 or 2 while it sleeps."""
+        return self._engine.sleep_level
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the engine's memory back: its KV cache, and at level 2 its weights,
+        which `wake_up` then reads again. At level 1 they are kept in host memory.
+
+        What an interrupted `generate` left is aborted. No-op at the level it has; from
+        1 it may go on to 2. Raises `CommandRejected` (nothing is changed then) for
+        other levels, `ReleaseIncomplete` if memory was not given back.
+        """
+        self._engine.check_sleep(level)
+        for number in self._requests.numbers:
+            self._requests.abort(number)
+        while self._engine.has_work or self._leader.has_pending:
+            self._engine.step()
+        self._engine.sleep(level, on_phase=lambda _: None)
+
+    def wake_up(self) -> None:
+        """Have the memory again and generate as before; blocks while weights are
+        read. No-op for an engine that is awake."""
+        self._engine.wake_up(on_phase=lambda _: None)
+
 
 @contextmanager
 def engine(
@@ -83,9 +111,10 @@ def engine(
     """A resident engine over `ranks` (all by default), given back at the end.
 
     Called by exactly those ranks, each the same way; other ranks may have engines of
-    their own meanwhile. `engine_args` are vLLM's by name; with no parallel size given,
-    `tensor_parallel_size` is the number of ranks. Blocks while it builds. Raises
-    `CommandRejected` for arguments vLLM refuses, `RankTimeout` for ranks that do not
+    their own meanwhile, and each rank several at once. `engine_args` are vLLM's by
+    name; with no parallel size given, `tensor_parallel_size` is the number of ranks.
+    Blocks while it builds. Raises `CommandRejected` for arguments vLLM refuses,
+    `RankTimeout` for ranks that do not
     come, `ReleaseIncomplete` if something is still held at the end.
     """
     store, device, owner, rank, world_size = _process()
@@ -101,11 +130,11 @@ def engine(
     from vllm_resident.rank.engine import Engine, abandon, configure
     from vllm_resident.rank.world import World
 
-    config = configure(model, engine_args)
-    if config.parallel_config.world_size != len(members):
+    prepared = configure(model, engine_args)
+    size = prepared.config.parallel_config.world_size
+    if size != len(members):
         raise CommandRejected(
-            f"the parallel sizes multiply to {config.parallel_config.world_size}, "
-            f"but {len(members)} ranks are given"
+            f"the parallel sizes multiply to {size}, but {len(members)} ranks are given"
         )
     # Members have formed the same worlds in the same order, so they count alike.
     _num_worlds[tuple(members)] += 1
@@ -123,7 +152,7 @@ def engine(
         timeout_s=WORLD_TIMEOUT_S,
     )
     try:
-        built = Engine.build(config, world, device, on_phase=lambda _: None)
+        built = Engine.build(prepared, world, device, on_phase=lambda _: None)
     # Given back and raised again, Ctrl-C too.
     except BaseException as error:
         abandon(error, world, device)

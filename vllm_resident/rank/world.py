@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import re
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
@@ -29,13 +28,15 @@ from torch.distributed import distributed_c10d as c10d
 from vllm.distributed import parallel_state
 
 from vllm_resident.errors import RankTimeout
-from vllm_resident.rank import mapping
+from vllm_resident.rank import ambient, mapping
 from vllm_resident.rank.store import CancellableStore
 
 # Groups one world may create before its names could meet another world's.
 _NAMES_PER_WORLD = 1 << 12
 # What vLLM reads of the environment about its place in the world.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VLLM_DIST_IDENT")
+# Every world of this process, by its object's id; also read by the control thread.
+_worlds: dict[int, weakref.ref[World]] = {}
 
 
 class _PrivateWorld(c10d._World):
@@ -87,26 +88,10 @@ def _set_c10d(values: dict[str, Any]) -> None:
         setattr(c10d, name, value)
 
 
-def _rng_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set_rng_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
-def _place() -> dict[str, str | None]:
-    return {name: os.environ.get(name) for name in _PLACE}
-
-
-def _set_place(place: dict[str, str | None]) -> None:
-    for name, value in place.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def num_process_groups() -> int:
+    """The process groups of all worlds that are alive here; any thread."""
+    worlds = [world() for world in list(_worlds.values())]
+    return sum(len(world._c10d.pg_map) for world in worlds if world is not None)
 
 
 class World:
@@ -117,8 +102,8 @@ class World:
     """
 
     _entered: World | None = None
-    # The process's own RNG states and place, while a world is entered.
-    _outside: tuple[tuple[Any, ...], dict[str, str | None]]
+    # The process's own, while a world is entered.
+    _outside: ambient.Ambient
 
     def __init__(
         self,
@@ -142,9 +127,10 @@ class World:
         self._c10d = _PrivateWorld(first_name)
         self._c10d_values = {**_C10D_PRISTINE, "_world": self._c10d}
         self._parallel = parallel_state.ParallelState()
-        self._rng = _rng_states()
         place = (str(rank), str(size), str(local_rank), self.segment_token)
-        self._place: dict[str, str | None] = dict(zip(_PLACE, place, strict=True))
+        self._ambient = ambient.fresh(dict(zip(_PLACE, place, strict=True)))
+        key = id(self)
+        _worlds[key] = weakref.ref(self, lambda _: _worlds.pop(key, None))
 
     @classmethod
     def form(
@@ -226,11 +212,10 @@ class World:
             raise RuntimeError(f"world {self.identity} is closed")
         if World._entered is not None:
             World._entered.leave()
-        World._outside = _rng_states(), _place()
+        World._outside = ambient.capture()
         _set_c10d(self._c10d_values)
         self._parallel.enter()
-        _set_place(self._place)
-        _set_rng_states(self._rng)
+        ambient.restore(self._ambient)
         World._entered = self
 
     def leave(self) -> None:
@@ -239,16 +224,22 @@ class World:
             return
         self._c10d_values = {name: getattr(c10d, name) for name in _C10D_PRISTINE}
         self._parallel.leave()
-        self._rng = _rng_states()
+        self._ambient = ambient.capture()
         self._step_out()
 
     @staticmethod
     def _step_out() -> None:
         _set_c10d(_C10D_PRISTINE)
-        rng, place = World._outside
-        _set_rng_states(rng)
-        _set_place(place)
+        ambient.restore(World._outside)
         World._entered = None
+        del World._outside
+
+    def set_variables(self, variables: ambient.Variables) -> None:
+        """Set what an engine's configuration wants in the environment, but for the
+        place in the world; while the world is entered."""
+        ambient.set_variables(
+            {name: each for name, each in variables.items() if name not in _PLACE}
+        )
 
     def abort(self) -> None:
         """Make waits in the store and collectives in flight fail, from any thread; the
@@ -279,6 +270,7 @@ class World:
             self._step_out()
             self.closed = True
             self._c10d_values = {}
+            del self._ambient
             # The launcher, whose store it is, may be gone already.
             with suppress(dist.DistError):
                 self.store.delete_written()

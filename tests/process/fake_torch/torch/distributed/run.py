@@ -27,7 +27,10 @@ from vllm_resident.messages import (
     DropEngine,
     EngineBuilt,
     EngineClosed,
+    EngineMemory,
     EnginePrepared,
+    EngineResumed,
+    EngineSuspended,
     ExitRank,
     FromRank,
     Heartbeat,
@@ -37,6 +40,8 @@ from vllm_resident.messages import (
     RankGauges,
     RequestOutput,
     RequestsAccepted,
+    ResumeEngine,
+    SuspendEngine,
     ToRankMessage,
 )
 from vllm_resident.transport import (
@@ -108,6 +113,8 @@ class TalkingRank(threading.Thread):
                 )
             case BuildEngine(generation=generation):
                 self.send(EngineBuilt(rank=self.rank, generation=generation, **BUILT))
+            case SuspendEngine() | ResumeEngine():
+                self.move(message)
             case CloseEngine(generation=generation) | DropEngine(generation=generation):
                 self.running = {
                     key: value
@@ -124,6 +131,15 @@ class TalkingRank(threading.Thread):
                     )
             case ExitRank():
                 self.ended = True
+
+    def move(self, message: SuspendEngine | ResumeEngine) -> None:
+        ids = {"rank": self.rank, "generation": message.generation}
+        if isinstance(message, ResumeEngine):
+            memory = EngineMemory(device_bytes=2**20)
+            self.send(EngineResumed(**ids, **BUILT, memory=memory))
+            return
+        memory = EngineMemory(host_bytes=2**20 if message.level == 1 else 0)
+        self.send(EngineSuspended(**ids, **CLOSED, level=message.level, memory=memory))
 
     def add(self, message: AddRequest) -> None:
         ids = {"generation": message.generation, "request": message.request}

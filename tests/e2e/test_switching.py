@@ -1,0 +1,304 @@
+"""Many engines resident at once, and switches that either happen or do not."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from tests.e2e.conftest import (
+    LOAD_PHASES,
+    SLEEP_PHASES,
+    WAKE_PHASES,
+    failing_engine,
+)
+from tests.e2e.pools import (
+    ARCHITECTURES,
+    ENGINE_ARGS,
+    PROMPTS,
+    SAMPLING,
+    pids,
+    ranks_at_rest,
+)
+from vllm_resident import Client, CommandRejected, EngineSpec, RankFailure
+
+Reference = Callable[[str], list[list[int]]]
+LONG = {"temperature": 0.0, "max_tokens": 200, "ignore_eos": True}
+# (ranks, engine arguments): two halves, and the whole in two ways.
+LAYOUTS: dict[str, tuple[list[int], dict[str, int]]] = {
+    "left": ([0], {}),
+    "right": ([1], {}),
+    "tensor": ([0, 1], {"tensor_parallel_size": 2}),
+    "pipeline": ([0, 1], {"pipeline_parallel_size": 2}),
+}
+
+
+def spec(
+    name: str, model: str, layout: str, checkpoints: dict[str, str], **more: bool
+) -> EngineSpec:
+    ranks, sizes = LAYOUTS[layout]
+    return EngineSpec(name, checkpoints[model], ranks, {**ENGINE_ARGS, **sizes}, **more)
+
+
+def load(pool: Client, wanted: EngineSpec) -> None:
+    pool.load(
+        wanted.name, wanted.model, ranks=wanted.ranks, asleep=wanted.asleep,
+        **wanted.engine_args,
+    )  # fmt: skip
+
+
+def tokens(pool: Client, engine: str) -> list[list[int]]:
+    return [each.token_ids for each in pool.generate(engine, PROMPTS, SAMPLING)]
+
+
+def phases(pool: Client) -> dict[str, tuple[str, int]]:
+    return {e.name: (e.phase, e.sleep_level) for e in pool.status().engines}
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("layout", ["left", "tensor", "pipeline"])
+def test_asleep_and_awake_again(
+    layout: str,
+    level: int,
+    pool: Client,
+    checkpoints: dict[str, str],
+    reference: Reference,
+) -> None:
+    load(pool, spec("a", "llama", layout, checkpoints))
+    assert tokens(pool, "a") == reference("llama")
+    assert pool.sleep("a", level=level).path == ["sleep"]
+    assert phases(pool) == {"a": ("asleep", level)}
+    with pytest.raises(CommandRejected, match="wake it up"):
+        pool.generate("a", "hello", SAMPLING)
+    pool.wake_up("a")
+    assert tokens(pool, "a") == reference("llama")
+
+
+def test_overlapping_layouts_take_turns(
+    pool: Client, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    models = dict(zip(LAYOUTS, ("llama", "qwen2", "qwen3", "opt"), strict=True))
+    for layout, model in models.items():
+        load(pool, spec(layout, model, layout, checkpoints, asleep=True))
+    awake: set[str] = set()
+    for layout in ("tensor", "left", "right", "pipeline", "tensor", "right", "left"):
+        pool.wake_up(layout)
+        awake = {name for name, (phase, _) in phases(pool).items() if phase == "ready"}
+        for name in awake:
+            assert tokens(pool, name) == reference(models[name]), (layout, name)
+    assert awake == {"left", "right"}
+
+
+@pytest.mark.parametrize(("drain_s", "reason"), [(60.0, "length"), (0.0, "abort")])
+def test_requests_in_flight_when_their_engine_is_told_to_sleep(
+    drain_s: float, reason: str, pool: Client, checkpoints: dict[str, str]
+) -> None:
+    load(pool, spec("a", "llama", "tensor", checkpoints))
+    pieces: list[str | None] = []
+
+    def read() -> None:
+        for piece in pool.stream("a", "hello", LONG):
+            pieces[len(pieces) :] = [piece.finish_reason]
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: len(pieces) > 3)
+    pool.sleep("a", drain_s=drain_s)
+    reader.join(20)
+    assert not reader.is_alive()
+    assert pieces[-1] == reason
+
+
+def test_what_comes_in_while_an_engine_wakes_up_is_held_for_it(
+    pool: Client, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    load(pool, spec("b", "qwen2", "left", checkpoints, asleep=True))
+    load(pool, spec("a", "llama", "left", checkpoints))
+    answers: list[list[int]] = []
+
+    def ask() -> None:
+        while not answers:
+            try:
+                answers.extend(tokens(pool, "b"))
+            except CommandRejected:  # it sleeps still
+                time.sleep(0.001)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    pool.switch("a", "b")
+    asking.join(20)
+    assert answers == reference("qwen2")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "path"),
+    [
+        ("sleep", ["sleep", "load"]),
+        ("unload", ["unload", "load"]),
+        ("stage", ["stage", "sleep", "wake_up"]),
+    ],
+)
+def test_switch_to_a_new_engine(
+    strategy: str,
+    path: list[str],
+    pool: Client,
+    checkpoints: dict[str, str],
+    reference: Reference,
+) -> None:
+    load(pool, spec("a", "llama", "tensor", checkpoints))
+    wanted = spec("b", "qwen2", "pipeline", checkpoints)
+    report = pool.switch("a", wanted, strategy=strategy)
+    assert report.path == path
+    assert 0 < report.unavailable_s <= report.seconds
+    assert tokens(pool, "b") == reference("qwen2")
+    if strategy != "unload":
+        pool.switch("b", "a")
+        assert tokens(pool, "a") == reference("llama")
+
+
+# ------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize("how", ["switch", "stage", "apply"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", LOAD_PHASES)
+def test_a_switch_whose_load_fails_leaves_what_was_there(
+    phase: str,
+    rank: int,
+    how: str,
+    pool: Client,
+    checkpoints: dict[str, str],
+    reference: Reference,
+) -> None:
+    load(pool, spec("old", "llama", "tensor", checkpoints))
+    before = pool.status().engines[0].generation
+    wanted = spec(failing_engine(rank, phase), "qwen2", "tensor", checkpoints)
+    ways: dict[str, Callable[[], object]] = {
+        "apply": lambda: pool.apply([wanted]),
+        "switch": lambda: pool.switch("old", wanted),
+        "stage": lambda: pool.switch("old", wanted, strategy="stage"),
+    }
+    with pytest.raises(RankFailure) as raised:
+        ways[how]()
+    assert (raised.value.rank, raised.value.phase) == (rank, phase)
+    assert phases(pool) == {"old": ("ready", 0)}
+    assert pool.status().engines[0].generation == before
+    assert tokens(pool, "old") == reference("llama")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", SLEEP_PHASES)
+def test_a_sleep_that_fails_leaves_what_was_there(
+    phase: str,
+    rank: int,
+    pool: Client,
+    checkpoints: dict[str, str],
+    reference: Reference,
+) -> None:
+    name = failing_engine(rank, phase)
+    level = 2 if phase == "free_weights" else 1
+    load(pool, spec(name, "llama", "tensor", checkpoints))
+    with pytest.raises(RankFailure) as raised:
+        pool.sleep(name, level=level)
+    assert raised.value.rank == rank
+    assert phases(pool) == {name: ("ready", 0)}
+    assert tokens(pool, name) == reference("llama")
+    # The same where it has to make way.
+    load(pool, spec("other", "qwen2", "left", checkpoints, asleep=True))
+    again = pool.wake_up if level == 1 else partial(pool.sleep, level=2)
+    with pytest.raises(RankFailure):
+        again("other" if level == 1 else name)
+    assert phases(pool) == {name: ("ready", 0), "other": ("asleep", 1)}
+    assert tokens(pool, name) == reference("llama")
+
+
+@pytest.mark.parametrize("how", ["wake_up", "switch"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", WAKE_PHASES)
+def test_a_wake_that_fails_leaves_what_was_there(
+    phase: str,
+    rank: int,
+    how: str,
+    pool: Client,
+    checkpoints: dict[str, str],
+    reference: Reference,
+) -> None:
+    name = failing_engine(rank, phase)
+    load(pool, spec(name, "qwen2", "tensor", checkpoints))
+    pool.sleep(name, level=2 if phase == "read_weights" else 1)
+    load(pool, spec("old", "llama", "tensor", checkpoints))
+    wake = partial(pool.switch, "old") if how == "switch" else pool.wake_up
+    with pytest.raises(RankFailure) as raised:
+        wake(name)
+    assert raised.value.rank == rank
+    assert phases(pool)["old"] == ("ready", 0)
+    assert phases(pool)[name][0] == "asleep"
+    assert tokens(pool, "old") == reference("llama")
+
+
+# ------------------------------------------------------------ many, for long
+
+
+def take_random_steps(
+    pool: Client, checkpoints: dict[str, str], reference: Reference, num_steps: int
+) -> None:
+    """Twelve engines of four architectures in three layouts, any of them any time."""
+    choose = random.Random(num_steps)
+    models = [model for model in ARCHITECTURES if model != "mixtral"]
+    engines = {
+        f"{model}-{layout}": spec(
+            f"{model}-{layout}", model, layout, checkpoints, asleep=True
+        )
+        for model in models
+        for layout in ("left", "right", "tensor")
+    }
+    pool.apply(list(engines.values()))
+    before = pids(pool)
+    for step in range(num_steps):
+        name = choose.choice(sorted(engines))
+        phase, level = phases(pool)[name]
+        act = choose.choice(["sleep", "deepen", "wake", "wake"])
+        if act == "sleep" and phase == "ready":
+            pool.sleep(name, level=choose.choice([1, 2]))
+        elif act == "deepen" and (phase, level) == ("asleep", 1):
+            pool.sleep(name, level=2)
+        else:
+            pool.wake_up(name)
+        for each in [n for n, (p, _) in phases(pool).items() if p == "ready"]:
+            expected = reference(each.rpartition("-")[0])
+            assert tokens(pool, each) == expected, (step, act, each)
+    assert len(phases(pool)) == len(engines)
+    assert pids(pool) == before
+
+
+@pytest.mark.timeout(400)
+def test_twelve_engines_take_turns(
+    pool: Client, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    take_random_steps(pool, checkpoints, reference, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_five_hundred_steps_leave_nothing_behind(
+    pool: Client, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    take_random_steps(pool, checkpoints, reference, 30)
+    at_first = ranks_at_rest(pool)
+    take_random_steps(pool, checkpoints, reference, 470)
+    for was, now in zip(at_first, ranks_at_rest(pool), strict=True):
+        assert now.num_file_descriptors <= was.num_file_descriptors + 2
+        assert now.num_threads <= was.num_threads + 2
+        assert now.num_shm_segments <= was.num_shm_segments
+        assert now.memory_used_bytes <= 1.05 * was.memory_used_bytes

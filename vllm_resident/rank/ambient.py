@@ -1,0 +1,120 @@
+"""What vLLM keeps once per process though it is one engine's, made one world's.
+
+Environment variables that one engine's configuration sets, module globals, the random
+number generators: what differs between two engines of a process is captured when a
+world is left and restored when it is entered. This module knows which they are (found
+in vLLM 0.32.0) and nothing of worlds. Parallel state and torch.distributed are not
+here: `world` keeps those.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.ir.op import IrOp
+
+# The place in the world first; the others vLLM sets for one engine and would take for
+# the user's own in the next (platforms/cpu.py, distributed/eplb/eplb_utils.py).
+_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "VLLM_DIST_IDENT",
+    "LOCAL_WORLD_SIZE",
+    "NCCL_MAX_CTAS",
+    "VLLM_SSM_CONV_STATE_LAYOUT",
+)
+# The cached environment; a thread setter that the CPU worker replaces; the root of the
+# prefix cache's hashes, which ranks of one engine must agree on; what is otherwise made
+# by the engine built last and used by all.
+_GLOBALS = tuple(
+    (importlib.import_module(module), name)
+    for module, name in (
+        ("vllm.envs", "__getattr__"),
+        ("torch", "set_num_threads"),
+        ("vllm.ir.op", "_ENABLE_TORCH_WRAP"),
+        ("vllm.v1.core.kv_cache_utils", "NONE_HASH"),
+        ("vllm.v1.core.kv_cache_utils", "_NONE_HASH_SEED"),
+        ("vllm.v1.worker.workspace", "_manager"),
+        ("vllm.model_executor.offloader.base", "_instance"),
+        ("vllm.model_executor.layers.mamba.ops.mamba_ssm", "_ssm_config_override"),
+        ("vllm.model_executor.layers.mamba.ops.ssu_dispatch", "_mamba_ssu_backend"),
+        ("vllm.distributed.kv_transfer.kv_transfer_state", "_KV_CONNECTOR_AGENT"),
+        ("vllm.distributed.ec_transfer.ec_transfer_state", "_EC_CONNECTOR_AGENT"),
+    )
+)
+_ABSENT = object()
+
+Variables = dict[str, str | None]
+
+
+@dataclass
+class Ambient:
+    """One state of all of it: the process's own, or one world's while it is left."""
+
+    variables: Variables
+    values: list[Any]
+    # By the name of vLLM's operation, which implementations it tries in which order.
+    priorities: dict[str, list[Any]]
+    random_states: tuple[Any, ...]
+
+
+def capture() -> Ambient:
+    """What is in force now; some tens of microseconds."""
+    return Ambient(
+        variables(),
+        [vars(module).get(name, _ABSENT) for module, name in _GLOBALS],
+        {name: op._priority_impls for name, op in IrOp.registry.items()},
+        _random_states(),
+    )
+
+
+def restore(ambient: Ambient) -> None:
+    """Put what `capture` returned in force."""
+    set_variables(ambient.variables)
+    for (module, name), value in zip(_GLOBALS, ambient.values, strict=True):
+        if value is _ABSENT:
+            vars(module).pop(name, None)
+        else:
+            setattr(module, name, value)
+    for name, op in IrOp.registry.items():
+        # Operations may be registered by what an engine imports.
+        op._priority_impls = ambient.priorities.get(name, [])
+    torch.set_rng_state(ambient.random_states[0])
+    np.random.set_state(ambient.random_states[1])
+    random.setstate(ambient.random_states[2])
+
+
+def fresh(place: Variables) -> Ambient:
+    """For a new world: as it was before any engine, with the environment's `place`."""
+    return Ambient(
+        {**_pristine.variables, **place},
+        list(_pristine.values),
+        dict(_pristine.priorities),
+        _random_states(),
+    )
+
+
+def variables() -> Variables:
+    return {name: os.environ.get(name) for name in _VARIABLES}
+
+
+def set_variables(values: Variables) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        elif os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+_pristine = capture()

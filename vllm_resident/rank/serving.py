@@ -1,0 +1,169 @@
+"""The engines of one rank at work: requests in, steps taken, outputs out.
+
+The half of the command loop that runs while engines serve. `Hosted` is what a rank
+keeps of one engine; how it is built, put to sleep and given back is the loop's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import zmq
+
+from vllm_resident import messages
+from vllm_resident.errors import CommandRejected, RankTimeout
+from vllm_resident.rank import lockstep
+from vllm_resident.rank.control import Control
+from vllm_resident.rank.engine import Engine, PhaseClock, Prepared
+from vllm_resident.rank.requests import Requests
+from vllm_resident.rank.world import World
+
+
+@dataclass
+class Suspension:
+    """A command to sleep that is being carried out."""
+
+    level: int
+    deadline: float
+    clock: PhaseClock
+    memory_before_bytes: int
+
+
+@dataclass
+class Hosted:
+    """One engine's part on this rank, from prepare to close."""
+
+    generation: int
+    name: str
+    ranks: list[int]
+    prepared: Prepared | None = None
+    world: World | None = None
+    engine: Engine | None = None
+    leader: lockstep.Leader | None = None
+    follower: lockstep.Follower | None = None
+    requests: Requests | None = None
+    failed: bool = False
+    close_deadline: float | None = None
+    suspension: Suspension | None = None
+    lines: list[zmq.Socket[bytes]] = field(default_factory=list)
+
+    @property
+    def asleep(self) -> bool:
+        return self.engine is not None and self.engine.sleep_level > 0
+
+    @property
+    def steps(self) -> bool:
+        """Whether it takes part in steps, or in the plans that say so."""
+        return self.engine is not None and not self.failed and not self.asleep
+
+    @property
+    def awaits_stop(self) -> bool:
+        """Whether a deadline for the leader's stop plan is running."""
+        return self.close_deadline is not None or self.suspension is not None
+
+
+class Serving:
+    """What is done with a rank's engines between their building and their end."""
+
+    def __init__(self, rank: int, control: Control) -> None:
+        self._rank = rank
+        self._control = control
+
+    def add(self, hosted: Hosted, command: messages.AddRequest) -> None:
+        """Take a generate call in, or answer why not."""
+        if hosted.requests is None or hosted.failed:
+            return
+        try:
+            if hosted.asleep:
+                raise CommandRejected(f"{hosted.name} is asleep: wake it up first")
+            hosted.requests.add(
+                command.request,
+                command.prompts,
+                command.sampling_params,
+                command.stream,
+            )
+        except CommandRejected as error:
+            self._control.send(
+                messages.RequestFailed(
+                    rank=self._rank,
+                    generation=command.generation,
+                    request=command.request,
+                    error=error.to_info(),
+                )
+            )
+            return
+        self._control.send(
+            messages.RequestsAccepted(
+                rank=self._rank,
+                generation=command.generation,
+                request=command.request,
+            )
+        )
+
+    def end_request(self, hosted: Hosted, number: int) -> None:
+        """Abort a request that is there; whoever waits for it gets its end."""
+        if hosted.requests is not None and number in hosted.requests.numbers:
+            self._output(hosted, number, hosted.requests.abort(number), True)
+
+    def end_requests(self, hosted: Hosted) -> None:
+        if hosted.requests is not None:
+            for number in hosted.requests.numbers:
+                self.end_request(hosted, number)
+
+    def step(self, hosted: Hosted) -> bool:
+        """Let an engine do what it can: a leader one step, a follower what the next
+        plan says, if there is one. True if there was anything."""
+        engine = hosted.engine
+        assert engine is not None
+        if hosted.follower is not None:
+            if hosted.follower.stopped:
+                return False
+            engine.world.enter()
+            return hosted.follower.follow()
+        assert hosted.leader is not None
+        if not engine.has_work and not hosted.leader.has_pending:
+            return False
+        self._lead(hosted)
+        if not engine.has_work and not hosted.leader.has_pending:
+            hosted.leader.settle()
+        return True
+
+    def stop(self, hosted: Hosted, deadline: float) -> None:
+        """On the leader: abort what is left, step until nothing is in flight on any
+        rank, then tell the followers that this was the last step. Blocks; raises
+        `RankTimeout` at the deadline."""
+        engine, leader = hosted.engine, hosted.leader
+        assert engine is not None
+        assert leader is not None
+        self.end_requests(hosted)
+        while engine.has_work or leader.has_pending:
+            if time.monotonic() > deadline:
+                raise RankTimeout("it still has work at the deadline", phase="stop")
+            self._lead(hosted)
+        engine.world.enter()
+        leader.stop()
+
+    def _lead(self, hosted: Hosted) -> None:
+        assert hosted.engine is not None
+        assert hosted.requests is not None
+        outputs = hosted.engine.step()
+        for number, completions, done in hosted.requests.collect(outputs):
+            self._output(hosted, number, completions, done)
+
+    def _output(
+        self,
+        hosted: Hosted,
+        number: int,
+        completions: list[messages.Completion],
+        done: bool,
+    ) -> None:
+        self._control.send(
+            messages.RequestOutput(
+                rank=self._rank,
+                generation=hosted.generation,
+                request=number,
+                completions=completions,
+                done=done,
+            )
+        )
