@@ -68,7 +68,7 @@ def _request(pair: Pair) -> dict[str, Any]:
     }
 
 
-class _Resources:
+class Resources:
     """What a contender started, ended when it is left."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class _Resources:
         self.stack.__exit__(*error)
 
 
-class Cold(_Resources):
+class Cold(Resources):
     """A new torchrun of plain vLLM for the model, from spawning to its first token."""
 
     def __init__(self, pair: Pair, *, rehearse: bool) -> None:
@@ -114,7 +114,7 @@ class Cold(_Resources):
         return [Sample(self._name, seconds, {}, model, tuple(tokens[0]))]
 
 
-class InProcess(_Resources):
+class InProcess(Resources):
     """Plain vLLM in one process: release, load, first token; there and back."""
 
     def __init__(self, pair: Pair) -> None:
@@ -163,7 +163,7 @@ class InProcess(_Resources):
         return Sample(row, seconds, phases, model.name, tokens)
 
 
-class MemoryCopy(_Resources):
+class MemoryCopy(Resources):
     """Copying as many bytes as the weights have, by one core, into touched pages."""
 
     def __init__(self, pair: Pair) -> None:
@@ -205,7 +205,7 @@ class Switched:
         return Sample(row, self.seconds, self.phases, self.model.name, self.tokens)
 
 
-class Pool(_Resources):
+class Pool(Resources):
     """A pool of this benchmark's own that holds one engine at a time.
 
     vLLM keeps on disk what it found out about an architecture; the pool gets an empty
@@ -228,6 +228,10 @@ class Pool(_Resources):
             self._client = self.stack.enter_context(Client(started.endpoint))
             started.wait_ready(self._client, READY_TIMEOUT_S)
         return self
+
+    @property
+    def client(self) -> Client:
+        return self._client
 
     def switch(self, model: Model, args: dict[str, Any]) -> Switched:
         """Unload what is there, load `model`, generate one token."""
@@ -268,7 +272,7 @@ def phases_of(reports: Iterable[SwitchReport]) -> dict[str, float]:
     return phases
 
 
-class Resident(_Resources):
+class Resident(Resources):
     """This project: unload, load, first token, through the public client."""
 
     def __init__(self, pair: Pair, pool: Pool) -> None:
@@ -301,7 +305,7 @@ class Resident(_Resources):
         yield back.sample(self._back)
 
 
-class FirstSeen(_Resources):
+class FirstSeen(Resources):
     """An architecture new to the pool, and the same one again, while there are any.
 
     Its turns begin and end with the pair's other model loaded, as `Resident`'s do.
@@ -330,7 +334,7 @@ class FirstSeen(_Resources):
             self._pool.switch(self._pair.other, self._args)
 
 
-class Compiled(_Resources):
+class Compiled(Resources):
     """With torch.compile: the first load of a model in its processes, then later ones.
 
     Takes a pool of its own: both models of the pair as they are, not eager.

@@ -50,12 +50,17 @@ from benchmarks.rows import (
     rows,
     seconds_text,
 )
+from benchmarks.sleepers import Sleepers
 from examples.checkpoints import NAMES, REPO_ROOT
 from vllm_resident import ResidentError
 
-CONTENDERS = ("cold", "in_process", "resident", "memory_copy", "first_seen")
+CONTENDERS = (
+    "cold", "in_process", "resident", "memory_copy", "sleepers", "first_seen",
+)  # fmt: skip
 # In which they take their turns, and stand in the tables.
-ORDER: tuple[type[Contender], ...] = (Cold, InProcess, Resident, MemoryCopy, FirstSeen)
+ORDER: tuple[type[Contender], ...] = (
+    Cold, InProcess, Resident, Sleepers, MemoryCopy, FirstSeen,
+)  # fmt: skip
 DEFAULT_MODELS = ["smollm2", "llama"]
 DEFAULT_LAYOUTS = ["llama,qwen2@tp2"]
 # Architectures the default pairs leave unseen.
@@ -76,6 +81,11 @@ rows (their names in --json; those of a --layout end in _tp2 and the like)
                   them can be faster
   *_first         of the two, the one time its processes had not loaded the model before
   *_tiny          the same switch the other way round, to the other model
+  wake_level_1    this project, to an engine that sleeps with its weights in memory,
+                  from one that goes to sleep; first_token is the token by itself
+  wake_level_2    the same, to one whose weights were dropped
+  staged          to one that is loaded while the other serves; staged_unavailable is
+                  the time of it in which neither could
   first_seen      resident, to an architecture the pool has never seen (and vLLM's
                   cache on disk neither); seen_again is the same switch once more
   resident_compiled_first, resident_compiled
@@ -248,6 +258,9 @@ def _contenders_of(
         and pair.measured.weights_bytes
     ):
         yield MemoryCopy(pair)
+    if "sleepers" not in skip:
+        name = f"sleepers-{pair.num_ranks}{pair.suffix}"
+        yield Sleepers(pair, stack.enter_context(Pool(pair.num_ranks, name)))
     unseen = [] if "first_seen" in skip else unseen
     if "resident" in skip and not unseen:
         return
@@ -340,7 +353,7 @@ def groups(measured: list[Row]) -> list[chart.Group]:
 
 
 def _bar(row: Row) -> chart.Bar:
-    ours = row.name.startswith("resident")
+    ours = not row.name.startswith(("cold", "in_process", "memory_copy"))
     times = row.median_s, min(row.seconds), max(row.seconds)
     return chart.Bar(row.heading.label, *times, ours=ours)
 

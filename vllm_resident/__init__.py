@@ -14,7 +14,9 @@ from vllm_resident.errors import (
     ResidentError,
 )
 from vllm_resident.messages import (
+    CheckpointPrefetched,
     Completion,
+    EngineMemory,
     EngineReport,
     EngineSpec,
     EngineStatus,
@@ -27,9 +29,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",
+    "CheckpointPrefetched",
     "Client",
     "CommandRejected",
     "Completion",
+    "EngineMemory",
     "EngineReport",
     "EngineSpec",
     "EngineStatus",

@@ -1,9 +1,19 @@
-"""Layouts as people write them: TOML files and plain tables into `EngineSpec`s.
+"""What people write in TOML files and plain tables, as `EngineSpec`s.
+
+A layout, which is applied, says what a pool holds:
 
     [engines.chat]
     model = "checkpoints/smollm2"   # a folder beside this file, or a model's name
     ranks = [0, 1]                  # or how many; optional
     tensor_parallel_size = 2        # every other key: a vLLM engine argument
+
+pool.toml, which a controller starts with, says what it may hold and how much of it:
+
+    [pool]
+    host_memory = "8GiB"            # for the weights of engines that sleep
+
+    [models.chat]                   # as in a layout, and
+    start = "asleep"                # when the pool is up: "loaded", "asleep", "none"
 
 Checks what can be known without vLLM; whether an engine argument exists and fits is
 the pool's to say. Every complaint is a `CommandRejected` that names file, line and key.
@@ -11,20 +21,57 @@ the pool's to say. Every complaint is a `CommandRejected` that names file, line 
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
+import importlib.util
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from vllm_resident.errors import CommandRejected
 from vllm_resident.messages import EngineSpec
 
-_TOP_LEVEL_KEYS = ("engines",)
-_SPEC_KEYS = ("name", "model", "ranks", "engine_args")
+CONFIG_VARIABLE = "VLLM_RESIDENT_CONFIG"
+STARTS = ("loaded", "asleep", "none")
+
+_SPEC_KEYS = ("name", "model", "ranks", "engine_args", "asleep", "pinned")
+# `start` of a declared model is what `asleep` is of an engine.
+_MODEL_KEYS = ("name", "model", "ranks", "engine_args", "pinned", "start")
+_POOL_KEYS = ("host_memory", "device_memory", "awake_per_rank")
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{
+        f"{prefix}{suffix}": base**power
+        for power, prefix in enumerate("KMGT", 1)
+        for suffix, base in (("B", 1000), ("iB", 1024))
+    },
+}
+
+
+T = TypeVar("T")
+
+
+class PoolConfig(msgspec.Struct, frozen=True):
+    """What pool.toml says; without one, its defaults.
+
+    `host_memory_bytes` is for the weights of engines that sleep, on each machine;
+    `device_memory_bytes` for engines on each rank (None: what there is).
+    `awake_per_rank` is how many engines may be awake on one rank. `models` are the
+    declared ones by name; `start` are those among them to load when the pool is
+    complete, in the file's order, with `asleep` as their `start` says.
+    """
+
+    host_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
+    awake_per_rank: int = 1
+    models: dict[str, EngineSpec] = {}
+    start: list[EngineSpec] = []
 
 
 class _Wrong(Exception):
@@ -40,40 +87,45 @@ def read_layout(path: str | Path) -> list[EngineSpec]:
     """The engines of a layout file, in its order.
 
     A relative `model` that exists beside the file becomes absolute, since the ranks do
-    not share the caller's working directory; any other is passed on as it stands.
+    not share the caller's working directory; any other is passed on as it stands. An
+    engine without `model` is one that the pool's pool.toml declares.
     Raises `CommandRejected`, also when the file cannot be read.
     """
-    path = Path(path)
-    text = _read(path)
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise CommandRejected(f"{path}: not TOML: {error}") from error
-    for key in document.keys() - set(_TOP_LEVEL_KEYS):
-        raise CommandRejected(
-            f"{_place(path, text, None, key)}: unknown key {key!r}; a layout holds "
-            f"[engines.NAME] tables{_hint(key, _TOP_LEVEL_KEYS)}"
-        )
-    engines = document.get("engines")
-    if not isinstance(engines, dict):
+    document = _Document(Path(path))
+    document.check_keys(("engines",), "a layout holds [engines.NAME] tables")
+    if not isinstance(document.content.get("engines"), dict):
         raise CommandRejected(f"{path}: no [engines.NAME] tables")
-    specs = []
-    for name, table in engines.items():
-        try:
-            specs.append(_spec(name, table, path.parent))
-        except _Wrong as wrong:
-            place = _place(path, text, name, wrong.key)
-            raise CommandRejected(
-                f"{place}: engine {name!r}: {wrong.message}"
-            ) from wrong
-    return specs
+    return list(document.each("engines", "engine", _spec).values())
+
+
+def read_pool(path: str | Path) -> PoolConfig:
+    """What a pool.toml says.
+
+    A relative `model` that exists beside the file becomes absolute, as in a layout.
+    Raises `CommandRejected`, also when the file cannot be read.
+    """
+    document = _Document(Path(path))
+    document.check_keys(
+        ("pool", "models"), "pool.toml holds [pool] and [models.NAME] tables"
+    )
+    budgets = document.table("pool", _budgets)
+    declared = document.each("models", "model", _declared)
+    return PoolConfig(
+        **budgets,
+        models={name: spec for name, (spec, _) in declared.items()},
+        start=[
+            msgspec.structs.replace(spec, asleep=start == "asleep")
+            for spec, start in declared.values()
+            if start != "none"
+        ],
+    )
 
 
 def engine_spec(engine: EngineSpec | Mapping[str, Any]) -> EngineSpec:
     """One engine of a layout given in code.
 
-    A mapping has `name`, `model` and optionally `ranks`; engine arguments stand beside
-    them, under `engine_args`, or both. Raises `CommandRejected`.
+    A mapping has `name` and optionally `model`, `ranks`, `asleep` and `pinned`; engine
+    arguments stand beside them, under `engine_args`, or both. Raises `CommandRejected`.
     """
     if isinstance(engine, EngineSpec):
         return msgspec.structs.replace(engine, model=resolve_model(engine.model))
@@ -97,6 +149,75 @@ def resolve_model(model: str, base: Path | None = None) -> str:
     return str(path.resolve()) if model and path.exists() else model
 
 
+class _Document:
+    """A TOML file and its text, to say on which line a key of it stands."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.text = _read(path)
+        try:
+            self.content = tomllib.loads(self.text)
+        except tomllib.TOMLDecodeError as error:
+            raise CommandRejected(f"{path}: not TOML: {error}") from error
+
+    def check_keys(self, known: tuple[str, ...], rule: str) -> None:
+        for key in self.content:
+            if key not in known:
+                raise CommandRejected(
+                    f"{self.place((), key)}: unknown key {key!r}; {rule}"
+                    f"{_hint(key, known)}"
+                )
+
+    def table(self, key: str, read: Callable[[Any], T]) -> T:
+        """What `read` makes of the table [key], which is empty where there is none."""
+        try:
+            return read(self.content.get(key, {}))
+        except _Wrong as wrong:
+            place = self.place((key,), wrong.key)
+            raise CommandRejected(f"{place}: {wrong.message}") from wrong
+
+    def each(
+        self, key: str, kind: str, read: Callable[[str, Any, Path], T]
+    ) -> dict[str, T]:
+        """What `read` makes of each table [key.NAME], by name, in the file's order."""
+        tables = self.content.get(key, {})
+        if not isinstance(tables, dict):
+            raise CommandRejected(
+                f"{self.place((), key)}: {key!r} must be [{key}.NAME] tables, not "
+                f"{tables!r}"
+            )
+        found: dict[str, T] = {}
+        for name, table in tables.items():
+            try:
+                found[name] = read(name, table, self.path.parent)
+            except _Wrong as wrong:
+                place = self.place((key, name), wrong.key)
+                raise CommandRejected(
+                    f"{place}: {kind} {name!r}: {wrong.message}"
+                ) from wrong
+        return found
+
+    def place(self, table: tuple[str, ...], key: str) -> str:
+        """`path:line` of a key of the table so called, or of the file where that is
+        (); the table's own line, or the path alone, where the key cannot be found."""
+        inside = not table
+        table_line = None
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
+                names = tuple(part.strip(" \"'") for part in header[1].split("."))
+                if not table and names[0] == key:
+                    return f"{self.path}:{number}"
+                inside = bool(table) and names[: len(table)] == table
+                table_line = table_line or (number if inside else None)
+            elif inside and key and _is_at(key, line):
+                return f"{self.path}:{number}"
+        return f"{self.path}:{table_line}" if table_line else str(self.path)
+
+
+def _is_at(key: str, line: str) -> bool:
+    return re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line) is not None
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -106,21 +227,130 @@ def _read(path: Path) -> str:
         raise CommandRejected(f"{path}: not UTF-8 text") from error
 
 
-def _spec(name: str, table: Any, base: Path) -> EngineSpec:
+def _budgets(table: Any) -> dict[str, Any]:
     if not isinstance(table, dict):
-        raise _Wrong(name, f"must be a table, [engines.{name}], not {table!r}")
-    model = table.get("model")
-    if model is None:
-        hint = _hint("model", tuple(table))
-        raise _Wrong("", f"'model' is missing{hint}")
-    if not isinstance(model, str) or not model:
-        raise _Wrong("model", f"'model' must be a path or a name, not {model!r}")
+        raise _Wrong("", f"'pool' must be a table, [pool], not {table!r}")
+    for key in table:
+        if key not in _POOL_KEYS:
+            hint = _hint(key, _POOL_KEYS) or f"; there are {', '.join(_POOL_KEYS)}"
+            raise _Wrong(key, f"unknown key {key!r} in [pool]{hint}")
+    awake = table.get("awake_per_rank", 1)
+    if not _is_int(awake) or awake < 1:
+        raise _Wrong(
+            "awake_per_rank", f"'awake_per_rank' must be a number from 1, not {awake!r}"
+        )
+    return {
+        "host_memory_bytes": _num_bytes(table, "host_memory"),
+        "device_memory_bytes": _num_bytes(table, "device_memory"),
+        "awake_per_rank": awake,
+    }
+
+
+def _num_bytes(table: dict[str, Any], key: str) -> int | None:
+    """A number of bytes, or text such as "8GiB" or "1.5 GB"."""
+    value = table.get(key)
+    if value is None:
+        return None
+    if _is_int(value) and value > 0:
+        return int(value)
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match and match[2] in _UNITS and float(match[1]) > 0:
+            return int(float(match[1]) * _UNITS[match[2]])
+    raise _Wrong(
+        key,
+        f'{key!r} must be a number of bytes, or text such as "8GiB" or "500MB", not '
+        f"{value!r}",
+    )
+
+
+def _declared(name: str, table: Any, base: Path) -> tuple[EngineSpec, str]:
+    """A model of pool.toml and how it starts."""
+    spec = _spec(name, table, base, _MODEL_KEYS)
+    _check_known(table)
+    if not spec.model:
+        raise _Wrong("", f"'model' is missing{_hint('model', tuple(table))}")
+    start = table.get("start", "none")
+    if start not in STARTS:
+        hint = _hint(start, STARTS) if isinstance(start, str) else ""
+        raise _Wrong(
+            "start", f"'start' must be one of {', '.join(STARTS)}, not {start!r}{hint}"
+        )
+    return spec, start
+
+
+def _check_known(table: dict[str, Any]) -> None:
+    """Refuse a key that is neither ours nor, as far as can be told here, vLLM's."""
+    known = engine_arg_names()
+    for key in {**table, **table.get("engine_args", {})}:
+        name = key.replace("-", "_")
+        if key in _MODEL_KEYS or name in known:
+            continue
+        hint = _hint(key, (*_MODEL_KEYS, *known))
+        if known or hint:
+            raise _Wrong(
+                key, f"unknown key {key!r}, and vLLM has no such engine argument{hint}"
+            )
+
+
+@functools.cache
+def engine_arg_names() -> frozenset[str]:
+    """The fields of vLLM's `EngineArgs`, read from the source of the vLLM installed
+    here, which is not imported (that takes seconds); empty where there is none."""
+    spec = importlib.util.find_spec("vllm")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        try:
+            source = (Path(folder) / "engine" / "arg_utils.py").read_text()
+            body = ast.parse(source).body
+        except (OSError, ValueError, SyntaxError):
+            continue
+        return frozenset(
+            field.target.id
+            for node in body
+            if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        )
+    return frozenset()
+
+
+def _spec(
+    name: str, table: Any, base: Path, keys: tuple[str, ...] = _SPEC_KEYS
+) -> EngineSpec:
+    """An engine by its table, whose own keys are `keys`; all else is for vLLM."""
+    if not isinstance(table, dict):
+        raise _Wrong(name, f"must be a table, not {table!r}")
+    for key in set(_SPEC_KEYS + _MODEL_KEYS) - set(keys):
+        if key in table:
+            other = "start" if key == "asleep" else "asleep"
+            raise _Wrong(key, f"unknown key {key!r} (did you mean {other!r}?)")
     return EngineSpec(
         name=name,
-        model=resolve_model(model, base),
+        model=_model(table, base),
         ranks=_ranks(table.get("ranks")),
-        engine_args=_engine_args(table),
+        engine_args=_engine_args(table, keys),
+        asleep=_flag(table, "asleep"),
+        pinned=_flag(table, "pinned"),
     )
+
+
+def _model(table: dict[str, Any], base: Path) -> str:
+    """The checkpoint; "" where the table leaves it to what the pool declares."""
+    model = table.get("model")
+    if model is None:
+        if hint := _hint("model", tuple(table)):
+            raise _Wrong("", f"'model' is missing{hint}")
+        return ""
+    if not isinstance(model, str) or not model:
+        raise _Wrong("model", f"'model' must be a path or a name, not {model!r}")
+    return resolve_model(model, base)
+
+
+def _flag(table: dict[str, Any], key: str) -> bool:
+    value = table.get(key, False)
+    if not isinstance(value, bool):
+        raise _Wrong(key, f"{key!r} must be true or false, not {value!r}")
+    return value
 
 
 def _ranks(ranks: Any) -> list[int] | int | None:
@@ -137,11 +367,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _engine_args(table: dict[str, Any]) -> dict[str, Any]:
+def _engine_args(table: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     nested = table.get("engine_args", {})
     if not isinstance(nested, dict):
         raise _Wrong("engine_args", f"'engine_args' must be a table, not {nested!r}")
-    beside = {key: value for key, value in table.items() if key not in _SPEC_KEYS}
+    beside = {key: value for key, value in table.items() if key not in keys}
     for key in beside.keys() & nested.keys():
         raise _Wrong(key, f"{key!r} stands both beside and in 'engine_args'")
     engine_args = {key.replace("-", "_"): v for key, v in {**beside, **nested}.items()}
@@ -162,20 +392,3 @@ def _is_json_like(value: Any) -> bool:
 def _hint(word: str, known: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _place(path: Path, text: str, engine: str | None, key: str) -> str:
-    """`path:line` of a key of `[engines.<engine>]`, or of the file where that is None;
-    the table's own line, or the path alone, where the key cannot be found."""
-    inside = engine is None
-    table_line = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
-            names = [part.strip(" \"'") for part in header[1].split(".")]
-            if engine is None and names[0] == key:
-                return f"{path}:{number}"
-            inside = engine is not None and names[:2] == ["engines", engine]
-            table_line = table_line or (number if inside else None)
-        elif inside and key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
-            return f"{path}:{number}"
-    return f"{path}:{table_line}" if table_line else str(path)

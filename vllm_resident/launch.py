@@ -24,8 +24,9 @@ import psutil  # type: ignore[import-untyped]
 from vllm_resident import transport
 from vllm_resident.client import Client
 from vllm_resident.client.connection import ENDPOINT_VARIABLE, somebody_listens
+from vllm_resident.config import CONFIG_VARIABLE, read_pool
 from vllm_resident.errors import CommandRejected, PoolUnreachable, ResidentError
-from vllm_resident.messages import PoolStatus
+from vllm_resident.messages import EngineSpec, PoolStatus
 
 POLL_INTERVAL_S = 0.2
 # torchrun gives its workers 30 s after SIGTERM, then kills them.
@@ -40,15 +41,21 @@ class Launch:
     """A torchrun process and its ranks.
 
     `process` is the torchrun agent; `log` holds what it and the ranks print outside of
-    the ranks' own logs. As a context manager it leaves no process behind.
+    the ranks' own logs; `start_up` is what pool.toml says to load when the pool is
+    complete. As a context manager it leaves no process behind.
     """
 
     def __init__(
-        self, process: subprocess.Popen[bytes], endpoint: str, log: Path
+        self,
+        process: subprocess.Popen[bytes],
+        endpoint: str,
+        log: Path,
+        start_up: list[EngineSpec],
     ) -> None:
         self.process = process
         self.endpoint = endpoint
         self.log = log
+        self.start_up = start_up
 
     def wait_ready(
         self,
@@ -148,16 +155,27 @@ def launch(
     num_ranks: int,
     *,
     controller: str | None = None,
+    config: str | Path | None = None,
     max_restarts: int = 3,
     detach: bool = False,
 ) -> Launch:
     """Start `num_ranks` ranks; returns at once.
 
     `controller` is the endpoint of one that runs already; without it the ranks start
-    their own. Raises `CommandRejected` where a pool of that name is up.
+    their own, which is given the pool.toml `config` (default: the one that
+    `VLLM_RESIDENT_CONFIG` names, if any). Raises `CommandRejected` where a pool of that
+    name is up, or its pool.toml is wrong.
     """
     if num_ranks < 1:
         raise CommandRejected(f"{num_ranks} ranks: a pool has at least one")
+    if config is not None and controller is not None:
+        raise CommandRejected(
+            f"the controller at {controller} runs already: give {config} to it (python "
+            "-m vllm_resident.controller --config FILE)"
+        )
+    config = config or os.environ.get(CONFIG_VARIABLE)
+    # Here a mistake in it is told before anything is started.
+    start_up = read_pool(config).start if config and controller is None else []
     directory = transport.ensure_private(transport.pool_directory(pool))
     endpoint = controller or transport.controller_endpoint(pool)
     if controller is None and somebody_listens(endpoint):
@@ -171,6 +189,8 @@ def launch(
     command = torchrun_command(pool, num_ranks, max_restarts, controller)
     # The ranks of this pool are not to join the one the caller may have named there.
     environment = {k: v for k, v in os.environ.items() if k != ENDPOINT_VARIABLE}
+    if config:
+        environment[CONFIG_VARIABLE] = str(Path(config).resolve())
     starter = os.getpid()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -185,7 +205,7 @@ def launch(
             # Between fork and exec other threads' locks may be held: it takes none.
             preexec_fn=None if detach else lambda: _die_with(starter),  # noqa: PLW1509
         )
-    return Launch(process, endpoint, log)
+    return Launch(process, endpoint, log, start_up)
 
 
 def torchrun_command(

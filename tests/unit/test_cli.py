@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from vllm_resident import (
+    CheckpointPrefetched,
     CommandRejected,
     Completion,
+    EngineMemory,
     EngineReport,
+    EngineSpec,
     EngineStatus,
     PoolStatus,
     PoolUnreachable,
@@ -158,13 +162,22 @@ def test_prompts_may_follow_own_options() -> None:
     [
         "",
         "fly",
-        "load chat",
+        "load",
         "load chat m --seed 1 --seed 2",
         "load chat m --ranks 0,x",
         "load chat m --ranks 0 --num-ranks 1",
         "load chat m --timeout 0",
         "up --nproc-per-node 0",
         "status --wacth",
+        "sleep chat --level 3",
+        "sleep chat --drain -1",
+        "switch chat",
+        "switch chat tiny --strategy stgae",
+        "switch chat tiny --seed 3",
+        "switch chat tiny --ranks 0",
+        "trace --last 0",
+        "trace --last 1 --since 1m",
+        "trace --since yesterday",
     ],
 )
 def test_wrong_usage_exits_with_2(
@@ -178,7 +191,22 @@ def test_wrong_usage_exits_with_2(
 
 @pytest.mark.parametrize(
     "command",
-    ["", "up", "status", "load", "unload", "generate", "apply", "shutdown", "doctor"],
+    [
+        "",
+        "up",
+        "status",
+        "load",
+        "unload",
+        "sleep",
+        "wake-up",
+        "switch",
+        "prefetch",
+        "generate",
+        "apply",
+        "trace",
+        "shutdown",
+        "doctor",
+    ],
 )
 def test_every_command_has_help(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -203,8 +231,74 @@ def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
 def test_load_hands_vllms_options_on(answer: Any) -> None:
     client = answer(REPORT)
     assert main(["load", "chat", "m", "--num-ranks", "2", "--dtype", "float32"]) == 0
-    expected = {"ranks": 2, "timeout_s": 600.0, "dtype": "float32"}
+    expected = {
+        "ranks": 2, "asleep": False, "pinned": False, "timeout_s": 600.0,
+        "dtype": "float32",
+    }  # fmt: skip
     assert client.calls == [("load", ("chat", "m"), expected)]
+
+
+def test_a_declared_model_is_loaded_by_its_name(answer: Any) -> None:
+    client = answer(REPORT)
+    assert main(["load", "chat", "--asleep", "--pinned", "--seed", "3"]) == 0
+    expected = {
+        "ranks": None, "asleep": True, "pinned": True, "timeout_s": 600.0, "seed": 3,
+    }  # fmt: skip
+    assert client.calls == [("load", ("chat", ""), expected)]
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (
+            "sleep chat --level 2 --drain 0",
+            ("sleep", ("chat", 2), {"drain_s": 0.0, "timeout_s": 600.0}),
+        ),
+        (
+            "wake-up chat --timeout 5",
+            ("wake_up", ("chat",), {"drain_s": 30.0, "timeout_s": 5.0}),
+        ),
+        (
+            "unload chat --drain 2",
+            ("unload", ("chat",), {"drain_s": 2.0, "timeout_s": 600.0}),
+        ),
+        (
+            "switch chat tiny",
+            (
+                "switch",
+                ("chat", EngineSpec("tiny")),
+                {"drain_s": 30.0, "strategy": "sleep", "timeout_s": 600.0},
+            ),
+        ),
+        (
+            "switch chat big --model org/m --num-ranks 2 --strategy stage --seed 3",
+            (
+                "switch",
+                ("chat", EngineSpec("big", "org/m", 2, {"seed": 3})),
+                {"drain_s": 30.0, "strategy": "stage", "timeout_s": 600.0},
+            ),
+        ),
+    ],
+)
+def test_what_moves_engines_is_handed_on(answer: Any, words: str, call: Any) -> None:
+    client = answer(REPORT)
+    assert main(words.split()) == 0
+    assert client.calls == [call]
+
+
+def test_prefetch_says_how_much_was_read(
+    answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = answer(
+        CheckpointPrefetched(call=1, num_bytes=2**30, seconds=2.0, hosts=["here"])
+    )
+    assert main(["prefetch", "m"]) == 0
+    assert capsys.readouterr().out == "m: 1.00 GiB in memory on here, 2.00 s\n"
+    assert main(["prefetch", "m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "model": "m", "num_bytes": 2**30, "seconds": 2.0, "hosts": ["here"],
+    }  # fmt: skip
+    assert client.calls == [("prefetch", ("m",), {"timeout_s": 600.0})] * 2
 
 
 @pytest.mark.parametrize("option", ["--model", "--name", "--timeout-s"])
@@ -220,7 +314,7 @@ def test_apply_reads_the_file_before_it_calls(answer: Any, tmp_path: Path) -> No
     assert client.calls == []
     (tmp_path / "l.toml").write_text('[engines.a]\nmodel = "m"\n')
     assert main(["apply", str(tmp_path / "l.toml"), "--timeout", "5"]) == 0
-    assert client.calls[0][2] == {"timeout_s": 5.0}
+    assert client.calls[0][2] == {"drain_s": 0.0, "timeout_s": 5.0}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +365,11 @@ def test_an_error_in_json_is_a_document_too(
     ("words", "answered"),
     [
         ("status", STATUS),
+        ("status --ledger", STATUS),
         ("load chat m", REPORT),
+        ("sleep chat", REPORT),
+        ("wake-up chat", REPORT),
+        ("switch chat tiny", REPORT),
         ("unload chat", REPORT),
         ("generate chat hi", [Completion(0, 0, "ho", [1], "stop")]),
         ("shutdown", None),
@@ -357,6 +455,54 @@ def test_status_shows_ranks_and_engines() -> None:
     assert "pool default: ready, 1 ranks, up 1:05" in text
     assert "1.00 / 8.00" in text
     assert "dtype='float32'" in text
+
+
+def test_status_says_how_deep_an_engine_sleeps() -> None:
+    asleep = msgspec.structs.replace(ENGINE, phase="asleep", sleep_level=1)
+    status = msgspec.structs.replace(STATUS, engines=[asleep])
+    assert "asleep (level 1)" in rendered(display.pool_tables(status))
+    assert "level" not in rendered(display.pool_tables(STATUS))
+
+
+def test_the_ledger_says_who_holds_what() -> None:
+    rank = msgspec.structs.replace(
+        RANK, num_sockets=11, num_process_groups=12, num_engines=13
+    )
+    memory = {0: EngineMemory(5 * 2**20, 7 * 2**20)}
+    asleep = EngineStatus(
+        "zzz", "m", "asleep", 8, [0], {}, 0, sleep_level=2, pinned=True, idle_s=65.0,
+        memory={0: EngineMemory(2**20, 0)},
+    )  # fmt: skip
+    status = msgspec.structs.replace(
+        STATUS,
+        ranks=[rank],
+        engines=[msgspec.structs.replace(ENGINE, memory=memory), asleep],
+        host_memory_bytes=2**30,
+    )
+    lines = rendered(display.ledger_tables(status)).splitlines()
+    found = [" ".join(line.split()) for line in lines]
+    assert "0 ready 1.00 / 8.00 16 11 4 0 12 13" in found
+    assert "chat ready 0:00 0 5.0 7.0" in found
+    assert "zzz (pinned) asleep (level 2) 1:05 0 1.0 0.0" in found
+    assert "device memory rank 0 6.0 MiB no limit" in found
+    assert "host memory here 7.0 MiB 1024.0 MiB" in found
+
+
+def test_a_summary_of_a_switch_says_its_path_and_its_gap() -> None:
+    parts = [
+        EngineReport("chat", "sleep", 7, [0], 0.5, {}, {}, {}, sleep_level=1),
+        EngineReport("tiny", "wake_up", 8, [0], 0.5, {}, {}, {}, moved_bytes=2**30),
+    ]
+    report = SwitchReport(
+        "switch", 1.0, {}, parts, path=["drain", "sleep", "wake_up"], unavailable_s=0.25
+    )
+    text = rendered(display.switch_summary(report))
+    assert "chat put to sleep (level 1): rank 0" in text
+    assert "tiny woken: rank 0, 0.500 s, generation 8, 1.00 GiB moved" in text
+    assert (
+        "switch took 1.00 s (drain → sleep → wake_up); neither could serve for 0.250 s"
+        in text
+    )
 
 
 def test_a_summary_names_ranks_seconds_and_phases() -> None:

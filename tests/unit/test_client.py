@@ -10,12 +10,18 @@ from vllm_resident import AsyncClient, Client, CommandRejected, Completion, Engi
 from vllm_resident.client.connection import resolve_endpoint, somebody_listens
 from vllm_resident.messages import (
     ApplyLayout,
+    CheckpointPrefetched,
     Generate,
     GenerateOutput,
     LoadEngine,
+    PrefetchCheckpoint,
+    SleepEngine,
     SwitchDone,
+    SwitchEngines,
     SwitchReport,
     ToClientMessage,
+    UnloadEngine,
+    WakeUpEngine,
 )
 
 
@@ -151,6 +157,76 @@ async def test_load_passes_engine_arguments_on_by_name(
             timeout_s=600.0,
         ),
         LoadEngine(call=7, spec=EngineSpec("e", "org/model"), timeout_s=600.0),
+    ]
+
+
+async def test_load_without_a_model_is_of_a_declared_one() -> None:
+    client, recorder = client_with(switch_done())
+    await client.load("e", asleep=True, pinned=True)
+    spec = EngineSpec("e", asleep=True, pinned=True)
+    assert recorder.commands == [LoadEngine(call=7, spec=spec, timeout_s=600.0)]
+
+
+async def test_what_sleeps_wakes_and_goes_says_how_long_it_drains() -> None:
+    client, recorder = client_with(switch_done())
+    await client.sleep("e")
+    await client.sleep("e", 2, drain_s=0, timeout_s=5)
+    await client.wake_up("e", drain_s=1)
+    await client.unload("e")
+    await client.unload("e", drain_s=2)
+    await client.apply([], drain_s=3)
+    assert recorder.commands == [
+        SleepEngine(call=7, name="e", level=1, timeout_s=600.0, drain_s=30.0),
+        SleepEngine(call=7, name="e", level=2, timeout_s=5, drain_s=0),
+        WakeUpEngine(call=7, name="e", timeout_s=600.0, drain_s=1),
+        UnloadEngine(call=7, name="e", timeout_s=600.0, drain_s=0.0),
+        UnloadEngine(call=7, name="e", timeout_s=600.0, drain_s=2),
+        ApplyLayout(call=7, engines=[], timeout_s=600.0, drain_s=3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("new", "spec"),
+    [
+        ("b", EngineSpec("b")),
+        (EngineSpec("b", "m", 1), EngineSpec("b", "m", 1)),
+        (
+            {"name": "b", "model": "m", "seed": 3},
+            EngineSpec("b", "m", None, {"seed": 3}),
+        ),
+    ],
+)
+async def test_a_switch_is_to_a_name_or_to_what_is_to_be_loaded(
+    new: Any, spec: EngineSpec
+) -> None:
+    client, recorder = client_with(switch_done())
+    await client.switch("a", new, strategy="stage", drain_s=1)
+    assert recorder.commands == [
+        SwitchEngines(
+            call=7, old="a", new=spec, timeout_s=600.0, drain_s=1, strategy="stage"
+        )
+    ]
+
+
+async def test_a_strategy_that_is_none_is_rejected() -> None:
+    client, recorder = client_with(switch_done())
+    with pytest.raises(CommandRejected, match=r"'wake'.*sleep, unload, stage"):
+        await client.switch("a", "b", strategy="wake")  # type: ignore[arg-type]
+    assert recorder.commands == []
+
+
+async def test_prefetch_names_a_folder_here_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    done = CheckpointPrefetched(call=7, num_bytes=1, seconds=1.0, hosts=["here"])
+    client, recorder = client_with(done)
+    assert await client.prefetch("tiny") == done
+    await client.prefetch("declared", timeout_s=5)
+    assert recorder.commands == [
+        PrefetchCheckpoint(call=7, model=str(tmp_path / "tiny"), timeout_s=600.0),
+        PrefetchCheckpoint(call=7, model="declared", timeout_s=5),
     ]
 
 

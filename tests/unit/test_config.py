@@ -1,12 +1,22 @@
 """Layout files: what they become, and how a mistake in one is told."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_resident import CommandRejected, EngineSpec
-from vllm_resident.config import engine_spec, read_layout, resolve_model
+from vllm_resident import CommandRejected, EngineSpec, config
+from vllm_resident.config import (
+    PoolConfig,
+    engine_arg_names,
+    engine_spec,
+    read_layout,
+    read_pool,
+    resolve_model,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 def layout(tmp_path: Path, text: str) -> Path:
@@ -80,6 +90,8 @@ def test_dashes_are_as_good_as_underscores(tmp_path: Path) -> None:
             r"layout\.toml:3: engine 'a': 'seed' cannot be of type date",
         ),
         ("[engines]\na = 3\n", r"engine 'a': must be a table"),
+        ('[engines.a]\nmodel = "m"\nasleep = 1\n', r"layout\.toml:3: .*'asleep' must"),
+        ('[engines.a]\nstart = "none"\n', r"layout\.toml:2: .*did you mean 'asleep'"),
     ],
 )
 def test_a_mistake_is_told_with_file_line_and_key(
@@ -88,6 +100,160 @@ def test_a_mistake_is_told_with_file_line_and_key(
     path = layout(tmp_path, text)
     with pytest.raises(CommandRejected, match=complaint):
         read_layout(path)
+
+
+def test_an_engine_of_a_layout_may_be_one_that_the_pool_declares(
+    tmp_path: Path,
+) -> None:
+    path = layout(tmp_path, "[engines.a]\n[engines.b]\nasleep = true\npinned = true\n")
+    assert read_layout(path) == [
+        EngineSpec("a"),
+        EngineSpec("b", asleep=True, pinned=True),
+    ]
+
+
+# -------------------------------------------------------------------- pool.toml
+
+
+def pool_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "pool.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_pool_file_becomes_budgets_and_models(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    path = pool_file(
+        tmp_path,
+        """
+        [pool]
+        host_memory = "1.5 GiB"
+        device_memory = 1000
+        awake_per_rank = 2
+
+        [models.a]
+        model = "tiny"
+        ranks = [0, 1]
+        pinned = true
+        start = "asleep"
+        tensor_parallel_size = 2
+
+        [models.b]
+        model = "org/model"
+        start = "loaded"
+        enforce-eager = true
+
+        [models.c]
+        model = "org/other"
+        ranks = 1
+        """,
+    )
+    a = EngineSpec(
+        "a", str(tmp_path / "tiny"), [0, 1], {"tensor_parallel_size": 2}, pinned=True
+    )
+    b = EngineSpec("b", "org/model", None, {"enforce_eager": True})
+    c = EngineSpec("c", "org/other", 1)
+    assert read_pool(path) == PoolConfig(
+        host_memory_bytes=3 * 2**29,
+        device_memory_bytes=1000,
+        awake_per_rank=2,
+        models={"a": a, "b": b, "c": c},
+        start=[
+            EngineSpec(
+                "a", a.model, [0, 1], a.engine_args, asleep=True, pinned=True
+            ),
+            b,
+        ],
+    )  # fmt: skip
+
+
+def test_an_empty_pool_file_is_the_defaults(tmp_path: Path) -> None:
+    assert read_pool(pool_file(tmp_path, "")) == PoolConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("7", 7), ('"7"', 7), ('"2KiB"', 2048), ('"2 kB"', None), ('"2KB"', 2000),
+     ('"1TiB"', 2**40), ("0", None), ("-1", None), ("true", None), ("1.5", None),
+     ('"GiB"', None), ('"-1GiB"', None), ('"0B"', None)],
+)  # fmt: skip
+def test_memory_is_bytes_or_text(
+    tmp_path: Path, text: str, num_bytes: int | None
+) -> None:
+    path = pool_file(tmp_path, f"[pool]\nhost_memory = {text}\n")
+    if num_bytes is not None:
+        assert read_pool(path).host_memory_bytes == num_bytes
+        return
+    with pytest.raises(CommandRejected, match=r"pool\.toml:2: 'host_memory' must be"):
+        read_pool(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("\n[pol]\n", r"pool\.toml:2: unknown key 'pol'.*did you mean 'pool'"),
+        ("[engines.a]\n", r"pool\.toml:1: unknown key 'engines'.*\[models\.NAME\]"),
+        ("pool = 3\n", r"'pool' must be a table"),
+        ("models = 3\n", r"pool\.toml:1: 'models' must be \[models\.NAME\] tables"),
+        ("[models]\na = 3\n", r"model 'a': must be a table"),
+        (
+            "[pool]\n\nhost_memroy = 3\n",
+            r"pool\.toml:3: unknown key 'host_memroy'.*did you mean 'host_memory'",
+        ),
+        ("[pool]\ncolour = 3\n", r"pool\.toml:2: unknown key 'colour'.*there are host"),
+        ("[pool]\nawake_per_rank = 0\n", r"pool\.toml:2: 'awake_per_rank' must be"),
+        ("[models.a]\nranks = 1\n", r"pool\.toml:1: model 'a': 'model' is missing"),
+        (
+            '[models.a]\nmodel = "m"\nstart = "lodaed"\n',
+            r"pool\.toml:3: model 'a': 'start' must be .*\(did you mean 'loaded'",
+        ),
+        ('[models.a]\nmodel = "m"\nstart = []\n', r"pool\.toml:3: .*'start' must"),
+        ('[models.a]\nmodel = "m"\npinned = 1\n', r"pool\.toml:3: .*'pinned' must be"),
+        (
+            '[models.a]\nmodel = "m"\nasleep = true\n',
+            r"pool\.toml:3: .*unknown key 'asleep' \(did you mean 'start'",
+        ),
+        (
+            '[models.a]\nmodel = "m"\n\npined = true\n',
+            r"pool\.toml:4: model 'a': unknown key 'pined'.*did you mean 'pinned'",
+        ),
+        ('[models.a]\nmodel = "m"\nranks = []\n', r"pool\.toml:3: .*'ranks' must be"),
+    ],
+)
+def test_a_mistake_in_a_pool_file_is_told_with_file_line_and_key(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    with pytest.raises(CommandRejected, match=complaint):
+        read_pool(pool_file(tmp_path, text))
+
+
+@pytest.mark.parametrize("where", ["enforce_eagre", "engine_args.enforce_eagre"])
+def test_an_engine_argument_that_vllm_has_not_is_named_where_there_is_a_vllm(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pool_file(tmp_path, f'[models.a]\nmodel = "m"\n{where} = true\n')
+    monkeypatch.setattr(
+        config, "engine_arg_names", lambda: frozenset(["enforce_eager"])
+    )
+    with pytest.raises(
+        CommandRejected, match=r"unknown key 'enforce_eagre'.*mean 'enforce_eager'"
+    ):
+        read_pool(path)
+    monkeypatch.setattr(config, "engine_arg_names", frozenset)
+    assert read_pool(path).models["a"].engine_args == {"enforce_eagre": True}
+
+
+def test_vllms_engine_arguments_are_read_from_its_source() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("no vLLM is installed")
+    assert {"tensor_parallel_size", "enforce_eager", "dtype"} <= engine_arg_names()
+
+
+def test_the_example_pool_file_is_one() -> None:
+    pool = read_pool(ROOT / "examples" / "pool.toml")
+    assert set(pool.models) == {"chat", "tiny", "wide"}
+    assert [spec.name for spec in pool.start] == ["chat", "tiny"]
+    assert pool.start[1].asleep
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -117,7 +283,7 @@ def test_a_table_in_code_is_a_spec(table: Any) -> None:
     ("table", "complaint"),
     [
         ({"model": "m"}, "no name"),
-        ({"name": "a"}, "'model' is missing"),
+        ({"name": "a", "modell": "m"}, "'model' is missing.*'modell'"),
         ({"name": "a", "model": "m", "ranks": "0"}, "'ranks'"),
         (
             {"name": "a", "model": "m", "seed": 1, "engine_args": {"seed": 2}},

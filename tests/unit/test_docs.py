@@ -11,6 +11,7 @@ import pytest
 import vllm_resident
 from vllm_resident.cli import parser
 from vllm_resident.client import AsyncClient, Client
+from vllm_resident.config import read_pool
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CHANGELOG.md", "docs/ARCHITECTURE.md", "docs/CONTRIBUTING.md"]
@@ -72,7 +73,7 @@ def test_the_house_is_drawn_as_it_is() -> None:
 
 
 def test_commands_exist() -> None:
-    named = re.findall(r"^\| `vllm-resident (\w+)", text_of("README.md"), re.M)
+    named = re.findall(r"^\| `vllm-resident ([\w-]+)", text_of("README.md"), re.M)
     _, commands = parser._build()
     assert sorted(named) == sorted(commands)
 
@@ -103,6 +104,15 @@ def test_methods_of_the_python_blocks_exist() -> None:
     for name in called:
         assert hasattr(Client, name)
         assert hasattr(AsyncClient, name)
+
+
+def test_the_pool_file_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```toml\n(.*?)^```", text_of("README.md"), re.M | re.S)
+    file = tmp_path / "pool.toml"
+    file.write_text(block)
+    pool = read_pool(file)
+    assert {"chat", "wide"} == set(pool.models)
+    assert pool.host_memory_bytes == 8 * 2**30
 
 
 def test_errors_are_described() -> None:

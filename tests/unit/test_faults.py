@@ -25,7 +25,9 @@ def test_declared_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ['[{"when": 1}]', '[{"action": "explode"}]', "{}"])
+@pytest.mark.parametrize(
+    "text", ['[{"when": 1}]', '[{"action": "explode"}]', '[{"nth": 0}]', "{}"]
+)
 def test_a_malformed_declaration_is_an_error(
     monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
@@ -50,6 +52,23 @@ def test_what_is_left_out_matches_any(fault: Fault, trips: bool) -> None:
         return
     with pytest.raises(InjectedFault, match="phase build of boom, rank 1"):
         faults.trip([fault], 1, "build", "boom")
+
+
+def test_the_nth_match_alone() -> None:
+    declared = [Fault(phase="stop", nth=2)]
+    faults.trip(declared, 0, "stop", "first")
+    faults.trip(declared, 0, "resume", "first")
+    with pytest.raises(InjectedFault, match="phase stop of second"):
+        faults.trip(declared, 0, "stop", "second")
+    faults.trip(declared, 0, "stop", "third")
+
+
+def test_a_match_that_is_not_counted_leaves_the_others_theirs() -> None:
+    declared = [Fault(nth=2), Fault(phase="stop")]
+    with pytest.raises(InjectedFault):
+        faults.trip(declared, 0, "stop", "engine")
+    with pytest.raises(InjectedFault):
+        faults.trip(declared, 0, "resume", "engine")
 
 
 def test_die_is_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:

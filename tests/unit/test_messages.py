@@ -12,6 +12,7 @@ from vllm_resident.errors import ErrorInfo
 from vllm_resident.messages import (
     ClientMessage,
     Completion,
+    EngineMemory,
     EngineReport,
     EngineSpec,
     PoolStatus,
@@ -38,7 +39,10 @@ SAMPLES: dict[object, object] = {
     list[EngineSpec]: [EngineSpec("a", "/m", 2), EngineSpec("b", "/n")],
     list[Completion]: [Completion(0, 0, "x", [1], "stop", 2, -0.5)],
     RankGauges: RankGauges(1, 2, 3, 4, 5),
+    EngineMemory: EngineMemory(1, 2),
+    typing.Literal["sleep", "unload", "stage"]: "stage",
     ErrorInfo: ErrorInfo("RankLost", "gone", 1, 2, "build"),
+    ErrorInfo | None: ErrorInfo("CommandRejected", "not there"),
     SwitchReport: SwitchReport(
         "load", 1.0, {"a": 1.0},
         [EngineReport("a", "load", 1, [0], 1.0, {}, {0: 1}, {0: 2})],

@@ -18,6 +18,11 @@ from vllm_resident.errors import (
     ResidentError,
 )
 
+# What is under way in the pool is not ended with the command that asked for it.
+_GOES_ON = frozenset(
+    ("load", "unload", "sleep", "wake-up", "switch", "prefetch", "apply", "shutdown")
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (see `vllm-resident --help`).
@@ -29,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments, output)
     except KeyboardInterrupt:
-        goes_on = arguments.command in ("load", "unload", "apply", "shutdown")
+        goes_on = arguments.command in _GOES_ON
         output.message(
             "interrupted; the pool goes on with it: see `vllm-resident status`"
             if goes_on

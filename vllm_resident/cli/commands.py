@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 
 from vllm_resident import config, doctor
-from vllm_resident.cli import display, parser, patch, up, watch
+from vllm_resident.cli import display, parser, patch, trace, up, watch
 from vllm_resident.cli.output import Output
 from vllm_resident.client import Client
 from vllm_resident.client.connection import resolve_endpoint, somebody_listens
 from vllm_resident.errors import CommandRejected, PoolUnreachable
 from vllm_resident.launch import default_num_ranks
-from vllm_resident.messages import Completion, SwitchReport
+from vllm_resident.messages import Completion, EngineSpec, SwitchReport
 
 # A controller with a socket may be busy; one without has no longer than it takes to
 # come up between our look and the call.
@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         return _doctor(arguments, output)
     if arguments.command == "patch":
         return patch.run(arguments, output)
+    if arguments.command == "trace":
+        return trace.run(arguments, output)
     with connect(arguments) as client:
         return _COMMANDS[arguments.command](client, arguments, output)
 
@@ -52,11 +54,12 @@ def connect(arguments: argparse.Namespace) -> Client:
 
 
 def _status(client: Client, arguments: argparse.Namespace, output: Output) -> int:
+    show = display.ledger_tables if arguments.ledger else display.pool_tables
     if arguments.watch:
-        watch.watch(client, output)
+        watch.watch(client, output, show)
     else:
         status = client.status()
-        output.result(status, display.pool_tables(status))
+        output.result(status, show(status))
     return parser.OK
 
 
@@ -66,6 +69,8 @@ def _load(client: Client, arguments: argparse.Namespace, output: Output) -> int:
             arguments.name,
             arguments.model,
             ranks=arguments.ranks or arguments.num_ranks,
+            asleep=arguments.asleep,
+            pinned=arguments.pinned,
             timeout_s=arguments.timeout,
             on_progress=phases.on_progress,
             **_engine_args(arguments.vllm),
@@ -74,7 +79,7 @@ def _load(client: Client, arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _engine_args(options: dict[str, Any]) -> dict[str, Any]:
-    # Not options of `load`, but parameters of the method: they would collide.
+    # Not options of the command, but parameters of the method: they would collide.
     for name in ("name", "model", "on_progress", "timeout_s"):
         if name in options:
             raise CommandRejected(
@@ -87,17 +92,80 @@ def _unload(client: Client, arguments: argparse.Namespace, output: Output) -> in
     with output.phases() as phases:
         report = client.unload(
             arguments.name,
+            drain_s=arguments.drain,
             timeout_s=arguments.timeout,
             on_progress=phases.on_progress,
         )
     return _switched(report, output)
 
 
+def _sleep(client: Client, arguments: argparse.Namespace, output: Output) -> int:
+    with output.phases() as phases:
+        report = client.sleep(
+            arguments.name,
+            arguments.level,
+            drain_s=arguments.drain,
+            timeout_s=arguments.timeout,
+            on_progress=phases.on_progress,
+        )
+    return _switched(report, output)
+
+
+def _wake_up(client: Client, arguments: argparse.Namespace, output: Output) -> int:
+    with output.phases() as phases:
+        report = client.wake_up(
+            arguments.name,
+            drain_s=arguments.drain,
+            timeout_s=arguments.timeout,
+            on_progress=phases.on_progress,
+        )
+    return _switched(report, output)
+
+
+def _switch(client: Client, arguments: argparse.Namespace, output: Output) -> int:
+    new = EngineSpec(
+        arguments.new,
+        config.resolve_model(arguments.model),
+        arguments.ranks or arguments.num_ranks,
+        _engine_args(arguments.vllm),
+    )
+    with output.phases() as phases:
+        report = client.switch(
+            arguments.old,
+            new,
+            drain_s=arguments.drain,
+            strategy=arguments.strategy,
+            timeout_s=arguments.timeout,
+            on_progress=phases.on_progress,
+        )
+    return _switched(report, output)
+
+
+def _prefetch(client: Client, arguments: argparse.Namespace, output: Output) -> int:
+    with output.phases() as phases:
+        done = client.prefetch(
+            arguments.model,
+            timeout_s=arguments.timeout,
+            on_progress=phases.on_progress,
+        )
+    document = {
+        "model": arguments.model,
+        "num_bytes": done.num_bytes,
+        "seconds": done.seconds,
+        "hosts": done.hosts,
+    }
+    output.result(document, display.prefetch_summary(arguments.model, done))
+    return parser.OK
+
+
 def _apply(client: Client, arguments: argparse.Namespace, output: Output) -> int:
     engines = config.read_layout(arguments.layout)
     with output.phases() as phases:
         report = client.apply(
-            engines, timeout_s=arguments.timeout, on_progress=phases.on_progress
+            engines,
+            drain_s=arguments.drain,
+            timeout_s=arguments.timeout,
+            on_progress=phases.on_progress,
         )
     return _switched(report, output)
 
@@ -236,6 +304,10 @@ _COMMANDS: dict[str, _Command] = {
     "status": _status,
     "load": _load,
     "unload": _unload,
+    "sleep": _sleep,
+    "wake-up": _wake_up,
+    "switch": _switch,
+    "prefetch": _prefetch,
     "generate": _generate,
     "apply": _apply,
     "shutdown": _shutdown,

@@ -18,6 +18,8 @@ from rich.table import Table
 from vllm_resident.doctor import Check
 from vllm_resident.errors import RankFailure, ResidentError
 from vllm_resident.messages import (
+    CheckpointPrefetched,
+    EngineMemory,
     EngineReport,
     EngineStatus,
     PoolStatus,
@@ -28,14 +30,21 @@ from vllm_resident.messages import (
 
 _PHASE_STYLES = {
     "ready": "green",
+    "asleep": "cyan",
     "lost": "red",
     "failed": "red",
     "degraded": "red",
     "expected": "dim",
 }
+_DID = {
+    "load": "loaded",
+    "unload": "unloaded",
+    "sleep": "put to sleep",
+    "wake_up": "woken",
+}
 _VERDICTS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 _GIBIBYTE = 2**30
-_WORTH_SHOWING_S = 0.01
+_WORTH_SHOWING_S = 0.001
 
 
 class PhaseDisplay:
@@ -106,32 +115,60 @@ def describe_error(error: ResidentError) -> str:
 
 
 def switch_summary(report: SwitchReport) -> RenderableType:
-    """What a load, unload or apply did: a line and its phases for each engine."""
+    """What a switch did: a line and its phases for each engine, then the whole."""
     lines = [_engine_line(engine) for engine in report.engines]
     if report.kept:
         lines.append(f"kept as they were: {escape(', '.join(report.kept))}")
     if len(report.engines) != 1:
-        lines.append(f"{report.action} took {report.seconds:.2f} s")
+        lines.append(_whole_line(report))
     return "\n".join(lines)
 
 
+def _whole_line(report: SwitchReport) -> str:
+    line = f"{report.action} took {_seconds(report.seconds)} s"
+    if report.path:
+        line += f" ({escape(' → '.join(report.path))})"
+    if report.unavailable_s:
+        line += f"; neither could serve for {_seconds(report.unavailable_s)} s"
+    return line
+
+
+def prefetch_summary(model: str, done: CheckpointPrefetched) -> RenderableType:
+    """How much of a checkpoint was read, where and how fast."""
+    return (
+        f"[bold]{escape(model)}[/]: {_size(done.num_bytes)} in memory on "
+        f"{escape(', '.join(done.hosts))}, {_seconds(done.seconds)} s"
+    )
+
+
 def _engine_line(engine: EngineReport) -> str:
-    did = {"load": "loaded", "unload": "unloaded"}.get(engine.action, engine.action)
+    did = _DID.get(engine.action, engine.action)
+    if engine.action == "sleep":
+        did += f" (level {engine.sleep_level})"
     ranks = ", ".join(map(str, engine.ranks))
     phases = " · ".join(
-        f"{escape(name)} {seconds:.2f}"
+        f"{escape(name)} {_seconds(seconds)}"
         for name, seconds in engine.phases.items()
         if seconds >= _WORTH_SHOWING_S
     )
     line = (
         f"[bold]{escape(engine.name)}[/] {did}: rank{'s'[: len(engine.ranks) > 1]} "
-        f"{ranks}, {engine.seconds:.2f} s, generation {engine.generation}"
+        f"{ranks}, {_seconds(engine.seconds)} s, generation {engine.generation}"
     )
+    if engine.moved_bytes:
+        line += f", {_size(engine.moved_bytes)} moved"
     return f"{line}\n  [dim]{phases}[/]" if phases else line
 
 
 def pool_tables(status: PoolStatus) -> RenderableType:
     """The pool, its ranks and its engines."""
+    engines: RenderableType = "no engines: `vllm-resident load NAME MODEL`"
+    if status.engines:
+        engines = _engine_table(status.engines)
+    return Group(_pool_line(status), rank_table(status.ranks), engines)
+
+
+def _pool_line(status: PoolStatus) -> str:
     head = (
         f"pool [bold]{escape(status.pool)}[/]: {_phase(status.phase)}, "
         f"{status.world_size} ranks, up {_duration(status.uptime_s)}, "
@@ -142,10 +179,82 @@ def pool_tables(status: PoolStatus) -> RenderableType:
             f", {status.num_protocol_errors} protocol errors, "
             f"{status.num_stale_messages} stale messages"
         )
-    engines: RenderableType = "no engines: `vllm-resident load NAME MODEL`"
+    return head
+
+
+def ledger_tables(status: PoolStatus) -> RenderableType:
+    """What everything holds: each engine on each of its ranks, each rank as a whole,
+    and what is used of the budgets."""
+    parts: list[RenderableType] = [_pool_line(status), _holdings_table(status.ranks)]
     if status.engines:
-        engines = _engine_table(status.engines)
-    return Group(head, rank_table(status.ranks), engines)
+        parts.append(_memory_table(status.engines))
+    return Group(*parts, _budget_table(status))
+
+
+def _holdings_table(ranks: list[RankStatus]) -> Table:
+    table = Table("rank", "phase", "memory GiB", box=SIMPLE_HEAD)
+    for column in ("fds", "sockets", "threads", "shm", "groups", "engines"):
+        table.add_column(column, justify="right")
+    for rank in ranks:
+        table.add_row(
+            str(rank.rank),
+            _phase(rank.phase),
+            f"{_gib(rank.memory_used_bytes)} / {_gib(rank.memory_total_bytes)}",
+            str(rank.num_file_descriptors),
+            str(rank.num_sockets),
+            str(rank.num_threads),
+            str(rank.num_shm_segments),
+            str(rank.num_process_groups),
+            str(rank.num_engines),
+        )
+    return table
+
+
+def _memory_table(engines: list[EngineStatus]) -> Table:
+    """A row for each engine and rank; an engine's first row says what it is."""
+    table = Table("engine", "phase", "idle", box=SIMPLE_HEAD)
+    for column in ("rank", "device MiB", "host MiB"):
+        table.add_column(column, justify="right")
+    for engine in engines:
+        name = escape(engine.name) + (" [dim](pinned)[/]" if engine.pinned else "")
+        what = (name, _engine_phase(engine), _duration(engine.idle_s))
+        for rank in engine.ranks:
+            memory = engine.memory.get(rank, EngineMemory())
+            table.add_row(
+                *what,
+                str(rank),
+                _mib(memory.device_bytes),
+                _mib(memory.host_bytes),
+            )
+            what = ("", "", "")
+    return table
+
+
+def _budget_table(status: PoolStatus) -> Table:
+    """Device memory counts on each rank, host memory on each machine."""
+    table = Table("budget", "of", box=SIMPLE_HEAD)
+    table.add_column("engines have", justify="right")
+    table.add_column("may have", justify="right")
+    hosts: dict[str, int] = {}
+    device_budget = _budget(status.device_memory_bytes)
+    for rank in status.ranks:
+        held = [e.memory[rank.rank] for e in status.engines if rank.rank in e.memory]
+        device = sum(memory.device_bytes for memory in held)
+        host = sum(memory.host_bytes for memory in held)
+        hosts[rank.host] = hosts.get(rank.host, 0) + host
+        table.add_row(
+            "device memory", f"rank {rank.rank}", f"{_mib(device)} MiB", device_budget
+        )
+    for name, host in hosts.items():
+        of = escape(name) or "hosts not known yet"
+        table.add_row(
+            "host memory", of, f"{_mib(host)} MiB", _budget(status.host_memory_bytes)
+        )
+    return table
+
+
+def _budget(num_bytes: int | None) -> str:
+    return "no limit" if num_bytes is None else f"{_mib(num_bytes)} MiB"
 
 
 def rank_table(ranks: list[RankStatus]) -> Table:
@@ -180,7 +289,7 @@ def _engine_table(engines: list[EngineStatus]) -> Table:
     table = Table(*columns, box=SIMPLE_HEAD)
     table.add_column("engine arguments", overflow="fold")
     for engine in engines:
-        phase = _phase(engine.phase)
+        phase = _engine_phase(engine)
         if engine.progress and engine.phase != "ready":
             phase += f" ({escape(engine.progress)})"
         if engine.error:
@@ -208,12 +317,32 @@ def checks_table(checks: list[Check]) -> RenderableType:
     return table
 
 
+def _engine_phase(engine: EngineStatus) -> str:
+    phase = _phase(engine.phase)
+    return f"{phase} (level {engine.sleep_level})" if engine.sleep_level else phase
+
+
 def _phase(phase: str) -> str:
     return f"[{_PHASE_STYLES.get(phase, 'yellow')}]{escape(phase)}[/]"
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / _GIBIBYTE:.2f}"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= _GIBIBYTE:
+        return f"{_gib(num_bytes)} GiB"
+    return f"{_mib(num_bytes)} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    """With what matters: an engine falls asleep in milliseconds."""
+    return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.3f}"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f}"
 
 
 def _duration(seconds: float) -> str:

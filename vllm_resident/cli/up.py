@@ -22,6 +22,7 @@ from vllm_resident.launch import POLL_INTERVAL_S, Launch, default_num_ranks, lau
 from vllm_resident.messages import EngineSpec, PoolStatus, SwitchReport
 
 _SHUTDOWN_TIMEOUT_S = 60.0
+_SETTLED = ("ready", "asleep", "failed", "lost")
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -38,6 +39,7 @@ def up(arguments: argparse.Namespace, output: Output) -> int:
             arguments.pool,
             num_ranks,
             controller=arguments.controller,
+            config=arguments.config,
             max_restarts=arguments.max_restarts,
             detach=arguments.detach,
         )
@@ -58,6 +60,7 @@ def _see_through(
     wrong on the way up, nothing is left behind."""
     try:
         status = _wait_ready(started, client, arguments.timeout, output)
+        status = _wait_started(started, client, status, arguments.timeout, output)
         report = _apply(client, layout, output) if layout is not None else None
     except (ResidentError, KeyboardInterrupt, _Terminated):
         with _second_interrupt_kills(started):
@@ -87,6 +90,37 @@ def _wait_ready(
                 phases.phase_started("pool", text, time.monotonic() - began)
 
         return started.wait_ready(client, timeout_s, on_status)
+
+
+def _wait_started(
+    started: Launch,
+    client: Client,
+    status: PoolStatus,
+    timeout_s: float,
+    output: Output,
+) -> PoolStatus:
+    """Until what pool.toml says is loaded or asleep, or has failed: that does not end
+    the pool, and is said."""
+    names = [spec.name for spec in started.start_up]
+    deadline = time.monotonic() + timeout_s
+    with output.phases() as phases:
+        while moving := [
+            engine
+            for engine in status.engines
+            if engine.name in names and engine.phase not in _SETTLED
+        ]:
+            if time.monotonic() > deadline:
+                break
+            for engine in moving:
+                phases.phase_started(engine.name, engine.progress, status.uptime_s)
+            time.sleep(POLL_INTERVAL_S)
+            status = client.status()
+    there = {engine.name: engine for engine in status.engines}
+    for name in names:
+        if name not in there or there[name].phase not in ("ready", "asleep"):
+            why = (name in there and there[name].error) or "controller.log says why"
+            output.message(f"[yellow]{escape(name)} was not started: {escape(why)}[/]")
+    return status
 
 
 def _apply(client: Client, layout: list[EngineSpec], output: Output) -> SwitchReport:

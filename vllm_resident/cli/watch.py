@@ -8,40 +8,43 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from rich.console import RenderableType
 from rich.live import Live
 
-from vllm_resident.cli.display import pool_tables
 from vllm_resident.cli.output import Output
 from vllm_resident.client import Client
+from vllm_resident.messages import PoolStatus
 
 _INTERVAL_S = 1.0
 
+Show = Callable[[PoolStatus], RenderableType]
 
-def watch(client: Client, output: Output) -> None:
-    """Show the status each second; JSON lines with --json.
+
+def watch(client: Client, output: Output, show: Show) -> None:
+    """Show the status each second, made into tables by `show`; JSON lines with --json.
 
     q and Ctrl-C end it; a pool that ends raises `PoolUnreachable`.
     """
     with contextlib.suppress(KeyboardInterrupt):
         if output.json or not output.stdout.is_terminal:
-            _print_each(client, output)
+            _print_each(client, output, show)
         else:
-            _refresh(client, output)
+            _refresh(client, output, show)
 
 
-def _print_each(client: Client, output: Output) -> None:
+def _print_each(client: Client, output: Output, show: Show) -> None:
     while True:
         status = client.status()
-        output.result(status, pool_tables(status))
+        output.result(status, show(status))
         time.sleep(_INTERVAL_S)
 
 
-def _refresh(client: Client, output: Output) -> None:
+def _refresh(client: Client, output: Output, show: Show) -> None:
     with _single_keys(), Live(console=output.stdout, auto_refresh=False) as live:
         while True:
-            live.update(pool_tables(client.status()), refresh=True)
+            live.update(show(client.status()), refresh=True)
             if _quit_pressed(_INTERVAL_S):
                 return
 

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from vllm_resident import config
 from vllm_resident.client.connection import (
@@ -23,22 +23,32 @@ from vllm_resident.client.connection import (
 from vllm_resident.errors import CommandRejected, PoolUnreachable
 from vllm_resident.messages import (
     ApplyLayout,
+    CheckpointPrefetched,
     Completion,
     EngineSpec,
+    FromClient,
     Generate,
     GenerateOutput,
     GetStatus,
     LoadEngine,
     PoolStatus,
     PoolStopped,
+    PrefetchCheckpoint,
     ShutdownPool,
+    SleepEngine,
     StatusReported,
     SwitchDone,
+    SwitchEngines,
     SwitchReport,
     UnloadEngine,
+    WakeUpEngine,
 )
 
 STATUS_INTERVAL_S = 0.2
+# What an engine that goes may still finish, where the caller does not say.
+DRAIN_S = 30.0
+
+Strategy = Literal["sleep", "unload", "stage"]
 
 Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
 Engines = Sequence[EngineSpec | Mapping[str, Any]] | str | Path
@@ -81,9 +91,11 @@ class AsyncClient:
         self,
         /,
         name: str,
-        model: str,
+        model: str = "",
         *,
         ranks: list[int] | int | None = None,
+        asleep: bool = False,
+        pinned: bool = False,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
         **engine_args: Any,
@@ -91,53 +103,173 @@ class AsyncClient:
         """Build an engine called `name` from the checkpoint `model`; wait until it
         serves.
 
-        `ranks` are global ranks, or how many the pool shall pick; by default as many as
-        the parallel sizes need. `engine_args` are vLLM's `EngineArgs` by name. A
-        relative `model` that exists here is passed on as an absolute path.
+        Without `model`, the one that pool.toml declares under the name. `ranks` are
+        global ranks, or how many the pool shall pick; by default as many as the
+        parallel sizes need. `engine_args` are vLLM's `EngineArgs` by name. A relative
+        `model` that exists here is passed on as an absolute path. With `asleep` it is
+        left at sleep level 1; a `pinned` engine never makes room for another one.
         `on_progress` is called on the event loop at each phase and about once a second;
         it must not block. Cancelling stops the waiting, not the load.
 
         Raises `CommandRejected` (nothing was changed) or `RankFailure` (every rank
         has given back what it had built).
         """
-        spec = EngineSpec(name, config.resolve_model(model), ranks, engine_args)
+        spec = EngineSpec(
+            name, config.resolve_model(model), ranks, engine_args, asleep, pinned
+        )
         timeout_s = self._default(timeout_s)
         command = LoadEngine(
             call=self._connection.next_call(), spec=spec, timeout_s=timeout_s
         )
-        reply = await self._connection.ask(command, SwitchDone, timeout_s, on_progress)
-        return reply.report
+        return await self._switch(command, timeout_s, on_progress)
 
     async def unload(
         self,
         name: str,
         *,
+        drain_s: float = 0.0,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> SwitchReport:
         """Destroy the engine and give everything back; its ranks stay.
 
-        Raises `CommandRejected` where there is none of that name, or
-        `ReleaseIncomplete` where a rank still holds something of it.
+        Requests in flight may go on for `drain_s` seconds, then they are aborted: their
+        sequences finish with reason "abort". Raises `CommandRejected` where there is
+        no engine of that name, or `ReleaseIncomplete` where a rank still holds
+        something of it.
         """
         timeout_s = self._default(timeout_s)
         command = UnloadEngine(
-            call=self._connection.next_call(), name=name, timeout_s=timeout_s
+            call=self._connection.next_call(),
+            name=name,
+            timeout_s=timeout_s,
+            drain_s=drain_s,
         )
-        reply = await self._connection.ask(command, SwitchDone, timeout_s, on_progress)
-        return reply.report
+        return await self._switch(command, timeout_s, on_progress)
+
+    async def sleep(
+        self,
+        name: str,
+        level: int = 1,
+        *,
+        drain_s: float = DRAIN_S,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> SwitchReport:
+        """Put the engine to sleep: its KV cache goes, the engine itself stays.
+
+        By vLLM's levels: 1 keeps the weights in host memory, 2 drops them, to be read
+        from the checkpoint again on waking. An engine asleep at level 1 may be put to
+        level 2. Requests in flight are drained as in `unload`. Raises
+        `CommandRejected` (nothing was changed), or `RankFailure`: it is awake still.
+        """
+        timeout_s = self._default(timeout_s)
+        command = SleepEngine(
+            call=self._connection.next_call(),
+            name=name,
+            level=level,
+            timeout_s=timeout_s,
+            drain_s=drain_s,
+        )
+        return await self._switch(command, timeout_s, on_progress)
+
+    async def wake_up(
+        self,
+        name: str,
+        *,
+        drain_s: float = DRAIN_S,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> SwitchReport:
+        """Wake an engine that sleeps; wait until it serves.
+
+        What is awake on its ranks and leaves no room for it is put to sleep, its
+        requests drained for `drain_s` seconds. Raises `CommandRejected` (nothing was
+        changed), or `RankFailure`: it sleeps still, and what was awake is again.
+        """
+        timeout_s = self._default(timeout_s)
+        command = WakeUpEngine(
+            call=self._connection.next_call(),
+            name=name,
+            timeout_s=timeout_s,
+            drain_s=drain_s,
+        )
+        return await self._switch(command, timeout_s, on_progress)
+
+    async def switch(
+        self,
+        old: str,
+        new: str | EngineSpec | Mapping[str, Any],
+        *,
+        drain_s: float = DRAIN_S,
+        strategy: Strategy = "sleep",
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> SwitchReport:
+        """Put the engine `old` aside and bring `new` up instead, or change nothing.
+
+        `new` is the name of an engine that sleeps or of a model that pool.toml
+        declares, or an engine to be loaded, as in `apply` (on the ranks of `old` where
+        it names none). `strategy` "sleep" puts `old` to sleep at level 1 first;
+        "unload" gives up its memory first, and builds it anew if the switch fails;
+        "stage" builds `new` asleep while `old` goes on serving, then exchanges them.
+
+        The report's `unavailable_s` is how long neither could serve. Raises
+        `CommandRejected` (nothing was changed), or `RankFailure`: `old` serves again.
+        """
+        if strategy not in get_args(Strategy):
+            raise CommandRejected(
+                f"strategy {strategy!r}: it is one of {', '.join(get_args(Strategy))}"
+            )
+        spec = EngineSpec(new) if isinstance(new, str) else config.engine_spec(new)
+        timeout_s = self._default(timeout_s)
+        command = SwitchEngines(
+            call=self._connection.next_call(),
+            old=old,
+            new=spec,
+            timeout_s=timeout_s,
+            drain_s=drain_s,
+            strategy=strategy,
+        )
+        return await self._switch(command, timeout_s, on_progress)
+
+    async def prefetch(
+        self,
+        model: str,
+        *,
+        timeout_s: float | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> CheckpointPrefetched:
+        """Read a checkpoint into the page cache of every machine of the pool, so that
+        a load or a wake-up of level 2 finds it in memory; engines go on serving.
+
+        `model` is a folder, or the name of a model: one that pool.toml declares, or
+        one of a hub whose files are on the machines already. Raises `CommandRejected`
+        where a machine has no such files or no memory for them.
+        """
+        timeout_s = self._default(timeout_s)
+        command = PrefetchCheckpoint(
+            call=self._connection.next_call(),
+            model=config.resolve_model(model),
+            timeout_s=timeout_s,
+        )
+        return await self._connection.ask(
+            command, CheckpointPrefetched, timeout_s, on_progress
+        )
 
     async def apply(
         self,
         engines: Engines,
         *,
+        drain_s: float = 0.0,
         timeout_s: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> SwitchReport:
         """Make the pool hold exactly these engines, in one transaction.
 
         `engines` are `EngineSpec`s, tables like those of a layout file, or the path of
-        one. An engine that already is as asked stays untouched.
+        one. An engine that already is as asked stays untouched; the requests of one
+        that goes are drained for `drain_s` seconds.
         """
         timeout_s = self._default(timeout_s)
         specs = (
@@ -146,10 +278,12 @@ class AsyncClient:
             else [config.engine_spec(engine) for engine in engines]
         )
         command = ApplyLayout(
-            call=self._connection.next_call(), engines=specs, timeout_s=timeout_s
+            call=self._connection.next_call(),
+            engines=specs,
+            timeout_s=timeout_s,
+            drain_s=drain_s,
         )
-        reply = await self._connection.ask(command, SwitchDone, timeout_s, on_progress)
-        return reply.report
+        return await self._switch(command, timeout_s, on_progress)
 
     async def generate(
         self,
@@ -263,6 +397,12 @@ class AsyncClient:
 
     def _default(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else timeout_s
+
+    async def _switch(
+        self, command: FromClient, timeout_s: float, on_progress: OnProgress | None
+    ) -> SwitchReport:
+        reply = await self._connection.ask(command, SwitchDone, timeout_s, on_progress)
+        return reply.report
 
     async def _generate(
         self,

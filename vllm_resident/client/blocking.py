@@ -93,6 +93,10 @@ class Client:
 
     load = _blocking(AsyncClient.load)
     unload = _blocking(AsyncClient.unload)
+    sleep = _blocking(AsyncClient.sleep)
+    wake_up = _blocking(AsyncClient.wake_up)
+    switch = _blocking(AsyncClient.switch)
+    prefetch = _blocking(AsyncClient.prefetch)
     apply = _blocking(AsyncClient.apply)
     generate = _blocking(AsyncClient.generate)
     stream = _blocking_iterator(AsyncClient.stream)
