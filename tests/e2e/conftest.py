@@ -68,6 +68,18 @@ def checkpoints() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Folder of the one model with real weights."""
+    subprocess.run(
+        [sys.executable, "-m", "examples.checkpoints", "smollm2"],
+        cwd=REPO_ROOT,
+        check=True,
+        timeout=300,
+    )
+    return str(cache_folder() / "smollm2")
+
+
+@pytest.fixture(scope="session")
 def reference(checkpoints: dict[str, str]) -> Callable[[str], list[list[int]]]:
     """Tokens of PROMPTS from plain vLLM in a fresh process, once per model."""
 

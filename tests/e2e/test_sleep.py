@@ -9,6 +9,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,18 +50,18 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
+def shared_ranks() -> Iterator[Ranks]:
     ranks = Ranks(2, FAULTS)
     yield ranks
     ranks.end()
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    ranks: Ranks = request.getfixturevalue("ranks")
-    for generation in list(ranks.members):
-        ranks.drop(generation)
+@pytest.fixture
+def ranks(shared_ranks: Ranks) -> Iterator[Ranks]:
+    """The ranks with nothing built; what a test leaves is dropped."""
+    yield shared_ranks
+    for generation in list(shared_ranks.members):
+        shared_ranks.drop(generation)
 
 
 def build(
@@ -261,9 +262,9 @@ def test_an_idle_rank_rests_while_engines_sleep(
 ) -> None:
     engine = build(ranks, checkpoints, "llama", "tp2")
     ranks.suspend(engine, 1)
-    ranks.listen_for(0.5)
+    time.sleep(0.5)
     since = [processor_seconds(process.pid) for process in ranks.processes]
-    ranks.listen_for(2)
+    time.sleep(2)
     for process, before in zip(ranks.processes, since, strict=True):
         assert processor_seconds(process.pid) - before < 0.5
 

@@ -167,6 +167,38 @@ def test_switch_to_a_new_engine(
         assert tokens(pool, "a") == reference("llama")
 
 
+def test_what_goes_serves_while_what_comes_is_staged(
+    pool: Client, smollm2: str, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    """A stream of the old engine goes on while the new one reads its weights, with the
+    tokens it always has."""
+    load(pool, spec("old", "llama", "left", checkpoints))
+    alone = pool.generate("old", "hello", LONG)[0].token_ids
+    came: list[tuple[float, list[int]]] = []
+
+    def read() -> None:
+        for piece in pool.stream("old", "hello", LONG):
+            came[len(came) :] = [(time.monotonic(), piece.token_ids)]
+
+    # Once before, so that what a process does only once is done.
+    args = {**ENGINE_ARGS, "dtype": "bfloat16"}
+    pool.load("new", smollm2, ranks=[0], asleep=True, **args)
+    pool.unload("new")
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: len(came) > 3)
+    began = time.monotonic()
+    wanted = EngineSpec("new", smollm2, [0], args)
+    report = pool.switch("old", wanted, strategy="stage", drain_s=60)
+    reader.join(20)
+    assert [token for _, tokens in came for token in tokens] == alone
+    (load_report,) = [each for each in report.engines if each.action == "load"]
+    during = [t for t, _ in came if began < t < began + load_report.seconds]
+    assert len(during) > 5
+    assert report.unavailable_s < load_report.seconds
+    assert pool.generate("new", "The capital of France is", max_tokens=1, temperature=0)
+
+
 # ------------------------------------------------------------ failures
 
 

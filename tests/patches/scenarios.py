@@ -82,6 +82,7 @@ def resident(models: list[str]) -> dict[str, Any]:
 
     dispatcher._rebind_kernels = counted_rebind
     look_ups = _count_look_ups()
+    turns = _count_turns()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     gc.collect()
     gc.freeze()
@@ -133,6 +134,7 @@ def resident(models: list[str]) -> dict[str, Any]:
         "engines": engines,
         "children": children,
         "walks": walks["rebind"],
+        "turns": turns["taken"],
         "seconds": activation.seconds,
         "default_group_alive": dist.is_initialized(),
     }
@@ -301,6 +303,19 @@ def _count_look_ups() -> Counter[str]:
 
     importlib.metadata.entry_points = counted_entry_points
     copy.deepcopy = counted_deepcopy
+    return counts
+
+
+def _count_turns() -> Counter[str]:
+    """Counts the turns that loading offers from here on."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    counts: Counter[str] = Counter()
+
+    def take() -> None:
+        counts["taken"] += 1
+
+    DefaultModelLoader.before_tensor = staticmethod(take)
     return counts
 
 

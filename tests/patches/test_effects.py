@@ -173,6 +173,11 @@ def test_tokenizers_are_copied_once(scenarios: Scenarios) -> None:
     assert copies[2] == 0
 
 
+def test_turns_between_tensors(scenarios: Scenarios) -> None:
+    # A dozen and more tensors in each of three small models.
+    assert scenarios.resident()["turns"] > 36
+
+
 def test_look_ups_happen_once(scenarios: Scenarios) -> None:
     seen = scenarios.resident()
     assert len([each for each in seen["children"] if "lscpu" in each]) == 1

@@ -1,11 +1,13 @@
 """Commands real ranks, as a controller would, and hears their answers.
 
 `Ranks` starts `python -m vllm_resident.rank` once for each rank and is the other end of
-their control channels: real loops, real vLLM, no controller.
+their control channels: real loops, real vLLM, no controller. A thread answers their
+heartbeats, whatever the test is busy with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ import socket as network
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +72,11 @@ class Ranks:
         self._decoder: Decoder[RankMessage] = Decoder(RankMessage)
         self._answers: list[FromRank] = []
         self.gauges: dict[int, RankGauges] = {}
+        # Held by whoever uses the socket.
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._listener = threading.Thread(target=self._listen_always, daemon=True)
+        self._listener.start()
         self._generation = 0
         self.members: dict[int, list[int]] = {}
         self._request = 0
@@ -103,13 +111,17 @@ class Ranks:
         self.tell(Welcome(session="test", pool=POOL), range(size))
 
     def end(self) -> None:
-        self.tell(ExitRank(reason="the test is over"), range(self.size))
+        # Those that have not come yet, or are gone, are killed below.
+        with contextlib.suppress(zmq.ZMQError):
+            self.tell(ExitRank(reason="the test is over"), range(self.size))
         for process in self.processes:
             try:
                 process.wait(15)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._ended.set()
+        self._listener.join()
         self._context.destroy(linger=0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -121,7 +133,8 @@ class Ranks:
 
     def tell(self, message: ToRankMessage, ranks: Sequence[int]) -> None:
         for rank in ranks:
-            self._socket.send_multipart([b"rank-%d" % rank, *encode(message)])
+            with self._lock:
+                self._socket.send_multipart([b"rank-%d" % rank, *encode(message)])
 
     def expect(
         self,
@@ -154,28 +167,28 @@ class Ranks:
                     raise AssertionError(f"{answer}\n{self.log(answer.rank)[-3000:]}")
             if len(found) < len(ranks):
                 assert time.monotonic() < deadline, (kind, values, self._answers)
-                self._listen()
+                time.sleep(0.005)
         return [found[rank] for rank in ranks]
 
-    def _listen(self) -> None:
-        if not self._socket.poll(200):
-            return
+    def _listen_always(self) -> None:
+        while not self._ended.wait(0.002):
+            with self._lock:
+                while self._socket.poll(0):
+                    self._receive()
+
+    def _receive(self) -> None:
         identity, *frames = self._socket.recv_multipart()
         message = self._decoder.decode(frames)
         if isinstance(message, Heartbeat):
             self.gauges[message.rank] = message.gauges
-            self._socket.send_multipart([identity, *encode(HeartbeatAck())])
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send_multipart([identity, *encode(HeartbeatAck())])
         elif not isinstance(message, PhaseStarted):
             self._answers.append(message)
 
-    def listen_for(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self._listen()
-
     def settled_gauges(self) -> dict[int, RankGauges]:
         """Gauges of heartbeats that come after all that was asked has been done."""
-        self.listen_for(2.5)
+        time.sleep(2.5)
         return dict(self.gauges)
 
     # ----------------------------------------------------------------- engines
@@ -233,11 +246,12 @@ class Ranks:
 
     def forget_failures(self, generation: int) -> None:
         """What else came of a failure that was looked at."""
-        self._answers = [
-            each
-            for each in self._answers
-            if getattr(each, "generation", None) != generation
-        ]
+        with self._lock:
+            self._answers = [
+                each
+                for each in self._answers
+                if getattr(each, "generation", None) != generation
+            ]
 
     # ---------------------------------------------------------------- requests
 

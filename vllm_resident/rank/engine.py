@@ -34,7 +34,7 @@ from vllm.v1.executor.uniproc_executor import (
 
 from vllm_resident.errors import CommandRejected, ReleaseIncomplete
 from vllm_resident.messages import EngineMemory
-from vllm_resident.rank import ambient, checkpoint, ledger, sleep
+from vllm_resident.rank import ambient, checkpoint, ledger, sleep, turns
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.world import World
 
@@ -109,16 +109,25 @@ def _expected_memory(config: VllmConfig) -> EngineMemory:
 
 
 class ResidentExecutor(ExecutorWithExternalLauncher):
-    """vLLM's external-launcher executor that meets its peers in a world, and marks the
-    phases of a build."""
+    """vLLM's external-launcher executor that meets its peers in a world, marks the
+    phases of a build, and offers turns while it loads the model."""
 
-    def __init__(self, vllm_config: VllmConfig, *, world: World, on_phase: OnPhase):
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        *,
+        world: World,
+        on_phase: OnPhase,
+        take_turn: Callable[[], None],
+    ) -> None:
         self._on_phase = on_phase
+        self._take_turn = take_turn
         super().__init__(vllm_config, ExternalRendezvous(world.rank, world.local_rank))
 
     def _init_executor(self) -> None:
         self._on_phase("load_model")
-        super()._init_executor()
+        with turns.offered(self._take_turn):
+            super()._init_executor()
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         self._on_phase("kv_cache")
@@ -157,12 +166,19 @@ class Engine:
 
     @classmethod
     def build(
-        cls, prepared: Prepared, world: World, device: Device, on_phase: OnPhase
+        cls,
+        prepared: Prepared,
+        world: World,
+        device: Device,
+        on_phase: OnPhase,
+        take_turn: Callable[[], None] = lambda: None,
     ) -> Engine:
         """Build the engine collectively with the world's other ranks; blocks.
 
-        `on_phase(name)` is called as each phase begins. An error leaves a half-built
-        engine behind: give it to `abandon`.
+        `on_phase(name)` is called as each phase begins, `take_turn()` every few
+        milliseconds while the model is loaded, with the world entered: it may enter
+        others, and let their engines step inside `turns.aside`. An error, of these
+        functions too, leaves a half-built engine behind: give it to `abandon`.
         """
         world.enter()
         world.set_variables(prepared.variables)
@@ -171,7 +187,12 @@ class Engine:
         with _no_collections():
             llm = LLMEngine(
                 prepared.config,
-                partial(ResidentExecutor, world=world, on_phase=on_phase),
+                partial(
+                    ResidentExecutor,
+                    world=world,
+                    on_phase=on_phase,
+                    take_turn=take_turn,
+                ),
                 log_stats=False,
                 usage_context=UsageContext.LLM_CLASS,
             )
@@ -185,6 +206,10 @@ class Engine:
             sleep.engine_memory(worker, device, others),
             can_read_again=sleep.can_read_again(prepared.config),
         )
+
+    @property
+    def config(self) -> VllmConfig:
+        return self.llm.vllm_config
 
     @property
     def core(self) -> EngineCore:

@@ -22,7 +22,7 @@ from vllm_resident.errors import (
     ReleaseIncomplete,
     ResidentError,
 )
-from vllm_resident.rank import faults, lockstep
+from vllm_resident.rank import faults, lockstep, turns
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device, messaging_context
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
@@ -58,12 +58,15 @@ class RankLoop:
         self._context = messaging_context()
         self._poller = zmq.Poller()
         self._poller.register(control.inbox.fd, zmq.POLLIN)
+        # Commands that came in the middle of a build.
+        self._deferred: list[messages.ToRankMessage] = []
         self._status: int | None = None
 
     def run(self) -> int:
         while self._status is None:
             busy = self._step_engines()
-            commands = self._control.inbox.take_all()
+            commands = [*self._deferred, *self._control.inbox.take_all()]
+            self._deferred.clear()
             if not busy and not commands:
                 self._poller.poll(self._patience_ms())
             for command in commands:
@@ -208,7 +211,9 @@ class RankLoop:
         hosted.world = world
         prepared, hosted.prepared = hosted.prepared, None
         assert prepared is not None
-        hosted.engine = Engine.build(prepared, world, self._device, clock.start)
+        hosted.engine = Engine.build(
+            prepared, world, self._device, clock.start, lambda: self._take_turn(hosted)
+        )
         clock.start("lockstep")
         if world.rank == 0:
             hosted.lines = lockstep.lead(
@@ -226,6 +231,28 @@ class RankLoop:
             hosted.lines = [line]
             hosted.follower = lockstep.Follower(hosted.engine.core, line)
             self._listen(hosted)
+
+    def _take_turn(self, building: Hosted) -> None:
+        """In the middle of a build: a step of each engine that serves here alone.
+
+        An engine of several ranks has to wait: the others may be in a collective of
+        what is built, which this rank has not come to. Commands but those about
+        requests wait too.
+        """
+        if self._control.is_dropped(building.generation):
+            raise RankFailure("called off by the controller", phase="load_model")
+        for command in self._control.inbox.take_all():
+            if isinstance(command, messages.AddRequest | messages.AbortRequest):
+                self._survive(command)
+            else:
+                self._deferred.append(command)
+        for hosted in list(self._hosted.values()):
+            if hosted.steps and len(hosted.ranks) == 1 and hosted.has_work:
+                assert hosted.engine is not None
+                with turns.aside(hosted.engine.config):
+                    self._step_engine(hosted)
+        assert building.world is not None
+        building.world.enter()
 
     def _enter_phase(self, hosted: Hosted, phase: str) -> None:
         self._phase(hosted.generation, phase)
@@ -428,22 +455,25 @@ class RankLoop:
 
     def _step_engines(self) -> bool:
         """Let every engine that can do something do one step; True if any did."""
+        stepped = [self._step_engine(each) for each in list(self._hosted.values())]
+        return any(stepped)
+
+    def _step_engine(self, hosted: Hosted) -> bool:
+        if not hosted.steps and not hosted.awaits_stop:
+            return False
         busy = False
-        for hosted in list(self._hosted.values()):
-            if not hosted.steps and not hosted.awaits_stop:
-                continue
-            try:
-                if hosted.steps:
-                    busy |= self._serving.step(hosted)
-                self._check_stop(hosted)
-            # A step runs the model's code and collectives: an error ends the engine.
-            except Exception as error:
-                if hosted.suspension is not None:
-                    self._fail_suspension(hosted, error)
-                    continue
-                log.exception("event=step_failed generation=%d", hosted.generation)
-                hosted.failed = True
-                self._fail(hosted.generation, error, "step")
+        try:
+            if hosted.steps:
+                busy = self._serving.step(hosted)
+            self._check_stop(hosted)
+        # A step runs the model's code and collectives: an error ends the engine.
+        except Exception as error:
+            if hosted.suspension is not None:
+                self._fail_suspension(hosted, error)
+                return busy
+            log.exception("event=step_failed generation=%d", hosted.generation)
+            hosted.failed = True
+            self._fail(hosted.generation, error, "step")
         return busy
 
     # ------------------------------------------------------------------- reports

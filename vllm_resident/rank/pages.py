@@ -17,7 +17,6 @@ import numpy as np
 Range = tuple[int, int]
 
 _MADV_DONTNEED = 4
-_MADV_REMOVE = 9
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -30,20 +29,12 @@ def inside(address: int, num_bytes: int) -> Range:
     return start, max(start, end)
 
 
-def give_back(ranges: list[Range], *, may_be_shared: bool = False) -> None:
-    """Free every page of `ranges`; they read as zeros afterwards. For anonymous memory
-    that nothing needs the contents of.
-
-    With `may_be_shared` some may have been mapped shared, as Python's `mmap` does: the
-    kernel keeps those pages after MADV_DONTNEED. (Never for a shared mapping of a file:
-    the file would lose them.)
-    """
+def give_back(ranges: list[Range]) -> None:
+    """Free every page of `ranges`; they read as zeros afterwards. For private anonymous
+    memory that nothing needs the contents of."""
     for start, end in ranges:
-        if start == end:
-            continue
-        if may_be_shared and _libc.madvise(start, end - start, _MADV_REMOVE) == 0:
-            continue
-        _check(_libc.madvise(start, end - start, _MADV_DONTNEED), "madvise")
+        if start != end:
+            _check(_libc.madvise(start, end - start, _MADV_DONTNEED), "madvise")
 
 
 def num_resident_bytes(ranges: list[Range]) -> int:

@@ -58,6 +58,13 @@ class Hosted:
         return self.engine is not None and not self.failed and not self.asleep
 
     @property
+    def has_work(self) -> bool:
+        """Of a leader: whether a step would do anything."""
+        if self.engine is None or self.leader is None:
+            return False
+        return self.engine.has_work or self.leader.has_pending
+
+    @property
     def awaits_stop(self) -> bool:
         """Whether a deadline for the leader's stop plan is running."""
         return self.close_deadline is not None or self.suspension is not None
@@ -122,10 +129,10 @@ class Serving:
             engine.world.enter()
             return hosted.follower.follow()
         assert hosted.leader is not None
-        if not engine.has_work and not hosted.leader.has_pending:
+        if not hosted.has_work:
             return False
         self._lead(hosted)
-        if not engine.has_work and not hosted.leader.has_pending:
+        if not hosted.has_work:
             hosted.leader.settle()
         return True
 
@@ -137,7 +144,7 @@ class Serving:
         assert engine is not None
         assert leader is not None
         self.end_requests(hosted)
-        while engine.has_work or leader.has_pending:
+        while hosted.has_work:
             if time.monotonic() > deadline:
                 raise RankTimeout("it still has work at the deadline", phase="stop")
             self._lead(hosted)

@@ -158,7 +158,7 @@ class CpuMemory(ResidentMemory):
 
     def discard(self, tags: tuple[str, ...]) -> None:
         if KV_CACHE in tags:
-            pages.give_back(_ranges(self._kv_cache), may_be_shared=True)
+            pages.give_back(_ranges(self._kv_cache))
         if WEIGHTS in tags:
             with torch.inference_mode():
                 for packed in self._packed.values():
