@@ -29,12 +29,12 @@ OTHER_ENGINE = f"{ENGINE}-other"
 class Sleepers(Resources):
     """The measured model is brought up beside the other; then they change back."""
 
-    def __init__(self, pair: Pair, pool: Pool) -> None:
+    def __init__(self, pair: Pair, pool: Pool, *, eager: bool = True) -> None:
         super().__init__()
         self._pair = pair
         self._pool = pool
-        self._args = engine_args(pair)
-        end = pair.suffix
+        self._args = {**engine_args(pair), "enforce_eager": eager}
+        end = pair.suffix if eager else f"_compiled{pair.suffix}"
         self._first_token = f"first_token{end}"
         self._level_1 = f"wake_level_1{end}"
         self._level_2 = f"wake_level_2{end}"

@@ -89,7 +89,8 @@ rows (their names in --json; those of a --layout end in _tp2 and the like)
   first_seen      resident, to an architecture the pool has never seen (and vLLM's
                   cache on disk neither); seen_again is the same switch once more
   resident_compiled_first, resident_compiled
-                  with --compile: torch.compile on, the first load and later ones
+                  with --compile: torch.compile on, the first load and later ones;
+                  and the rows of sleepers, *_compiled
 
 "x" is how many times its counterpart's median a row takes: resident's of the same
 model and layout, or seen_again's, or resident_compiled's.
@@ -274,8 +275,13 @@ def measure_compiled(
     pair: Pair, arguments: argparse.Namespace, measurement: Measurement
 ) -> None:
     measurement.say(f"{pair.title}: compiled; the first load takes minutes")
-    with Pool(pair.num_ranks, "compiled") as pool, Compiled(pair, pool) as compiled:
-        measurement.take_turns([compiled], max(2, min(arguments.runs, NUM_COMPILED)))
+    num_rounds = max(2, min(arguments.runs, NUM_COMPILED))
+    with Pool(pair.num_ranks, "compiled") as pool:
+        with Compiled(pair, pool) as compiled:
+            measurement.take_turns([compiled], num_rounds)
+        pool.client.apply([])
+        with Sleepers(pair, pool, eager=False) as sleepers:
+            measurement.take_turns([sleepers], num_rounds)
 
 
 def _unseen(chosen: list[Pair]) -> list[str]:

@@ -290,12 +290,13 @@ def readable(engine: str, completion: Completion) -> str:
 def phases_of(report: SwitchReport) -> dict[str, float]:
     """Seconds by phase, each of the engine that took longest: they move side by side.
 
-    "unload" is the whole of it; the loads' "wait" for it is left out.
+    Of what goes it is the whole, by what was done; the loads' "wait" for it is left
+    out.
     """
     phases: dict[str, float] = {}
     for engine in report.engines:
-        unloads = engine.action == "unload"
-        took = {"unload": engine.seconds} if unloads else engine.phases
+        goes = engine.action in ("sleep", "unload")
+        took = {engine.action: engine.seconds} if goes else engine.phases
         for phase, seconds in took.items():
             phases[phase] = max(seconds, phases.get(phase, 0.0))
     phases.pop("wait", None)

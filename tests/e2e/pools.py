@@ -71,12 +71,17 @@ def plain_vllm_tokens(model: str) -> list[list[int]]:
 
 @contextmanager
 def running_pool(
-    name: str, directory: Path, *, num_ranks: int = 2, max_restarts: int = 0
+    name: str,
+    directory: Path,
+    *,
+    num_ranks: int = 2,
+    max_restarts: int = 0,
+    config: Path | None = None,
 ) -> Iterator[Client]:
     """A pool of its own under `directory`; ended, by force if need be, at the end."""
     before = os.environ.get("VLLM_RESIDENT_DIR")
     os.environ["VLLM_RESIDENT_DIR"] = str(directory)
-    started = launch(name, num_ranks, max_restarts=max_restarts)
+    started = launch(name, num_ranks, max_restarts=max_restarts, config=config)
     try:
         with Client(started.endpoint) as client:
             started.wait_ready(client, READY_TIMEOUT_S, lambda status: None)

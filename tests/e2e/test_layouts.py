@@ -145,6 +145,7 @@ def test_apply_leaves_alone_what_is_already_as_asked(
     assert report.kept == ["left"]
     assert sorted((e.name, e.action) for e in report.engines) == [
         ("other", "load"),
+        ("right", "sleep"),
         ("right", "unload"),
     ]
     assert {e.name: e.generation for e in pool.status().engines}["left"] == generation
@@ -172,3 +173,41 @@ def test_a_pipeline_over_two_ranks_gives_the_same_tokens(
         for token in piece.token_ids
     ]
     assert streamed == reference("llama")[0]
+
+
+def test_real_text_over_two_pipeline_stages(pool: Client, smollm2: str) -> None:
+    """SmolLM2's nine heads rule TP=2 out; PP=2 gives the text that one rank gives."""
+    texts = []
+    for size in (1, 2):
+        pool.load("chat", smollm2, pipeline_parallel_size=size, **ENGINE_ARGS)
+        (completion,) = pool.generate(
+            "chat", "The capital of France is", temperature=0.0, max_tokens=12
+        )
+        texts.append(completion.text)
+        pool.unload("chat")
+    assert texts[0].startswith(" Paris")
+    assert texts[1] == texts[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_three_hundred_switches_leave_nothing_behind(
+    pool: Client, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    """Between three models of different architecture, unloaded and loaded each time."""
+    models = ("llama", "qwen3", "opt")
+    at_thirty: list[RankStatus] = []
+    for number in range(300):
+        model = models[number % 3]
+        pool.apply([spec(f"{model}-{number % 2}", model, [0, 1], checkpoints)])
+        assert tokens(pool, f"{model}-{number % 2}") == reference(model), number
+        if number == 29:
+            at_thirty = ranks_at_rest(pool)
+    for was, now in zip(at_thirty, ranks_at_rest(pool), strict=True):
+        assert now.pid == was.pid
+        assert now.num_file_descriptors == was.num_file_descriptors
+        assert now.num_threads == was.num_threads
+        assert now.num_shm_segments == was.num_shm_segments
+        assert now.num_process_groups == was.num_process_groups
+        assert now.num_engines == was.num_engines == 1
+        assert now.memory_used_bytes <= 1.03 * was.memory_used_bytes

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,7 @@ from tests.e2e.pools import (
     SAMPLING,
     pids,
     ranks_at_rest,
+    running_pool,
 )
 from vllm_resident import Client, CommandRejected, EngineSpec, RankFailure
 
@@ -277,6 +279,59 @@ def test_a_wake_that_fails_leaves_what_was_there(
     assert phases(pool)["old"] == ("ready", 0)
     assert phases(pool)[name][0] == "asleep"
     assert tokens(pool, "old") == reference("llama")
+
+
+def test_nothing_is_left_of_all_this(pool: Client) -> None:
+    """After the failures above, in whatever order they came."""
+    for rank in ranks_at_rest(pool):
+        assert rank.num_engines == 0
+        assert rank.num_process_groups == 0
+        assert rank.num_shm_segments == 0
+
+
+# ------------------------------------------------------------ memory
+
+
+@pytest.mark.timeout(300)
+def test_sleepers_stay_within_the_host_memory_budget(
+    pool_folder: Path,
+    checkpoints: dict[str, str],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    """Room for three sleepers, six models in rotation."""
+    file = tmp_path / "pool.toml"
+    file.write_text("[pool]\nhost_memory = '1GiB'\n")
+    models = [*ARCHITECTURES, "llama"]
+    with running_pool("budget", pool_folder, num_ranks=1, config=file) as pool:
+        pool.load("m0", checkpoints["llama"], **ENGINE_ARGS)
+        (engine,) = pool.status().engines
+        weights = engine.memory[0].device_bytes - ENGINE_ARGS["kv_cache_memory_bytes"]
+        pool.shutdown()
+    # At most the biggest three fit: the others are of about the same size.
+    file.write_text(f"[pool]\nhost_memory = {int(6.5 * weights)}\n")
+    with running_pool("budget", pool_folder, num_ranks=1, config=file) as pool:
+        budget = pool.status().host_memory_bytes
+        assert budget is not None
+        pool.load("m0", checkpoints[models[0]], **ENGINE_ARGS)
+        order = ["m0"]
+        for number in [*range(1, 6), 0, 2, 4, 1, 3, 5]:
+            name = f"m{number}"
+            new = EngineSpec(name, checkpoints[models[number]], None, ENGINE_ARGS)
+            is_there = name in phases(pool)
+            pool.switch(order[-1], name if is_there else new)
+            order = [*(each for each in order if each != name), name]
+            assert tokens(pool, name) == reference(models[number])
+            engines = {e.name: e for e in pool.status().engines}
+            kept = {n: sum(m.host_bytes for m in e.memory.values())
+                    for n, e in engines.items()}  # fmt: skip
+            assert sum(kept.values()) <= budget
+            # Those demoted are the ones that were used longest ago.
+            levels = [engines[each].sleep_level for each in order]
+            assert levels == sorted(levels, reverse=True)
+            assert levels[-1] == 0
+        assert levels.count(1) >= 2
+        assert levels.count(2) >= 1
 
 
 # ------------------------------------------------------------ many, for long
