@@ -289,7 +289,8 @@ class Engine:
         if held := self._backend.held():
             raise ReleaseIncomplete(f"{name} still holds {held}", phase="free_weights")
         after = self._device.memory()[0]
-        ledger.require_fall(before, after, self._backend.num_freed_bytes(), name)
+        freed = self._backend.num_freed_bytes()
+        ledger.require_fall(before, after, freed, name, "free_weights")
 
     def wake_up(self, on_phase: OnPhase) -> int:
         """Have its memory again and be ready to step; returns the bytes brought back
@@ -316,13 +317,15 @@ class Engine:
     def release(self) -> None:
         """Destroy the engine and its world and give everything back.
 
-        Raises `ReleaseIncomplete` if the model is still reachable afterwards.
+        Raises `ReleaseIncomplete` if the model is still reachable afterwards, or the
+        memory that it had is not back.
         """
         if self.released:
             return
         self.released = True
         _engines.discard(self)
         self.world.enter()
+        before, held = self._device.memory()[0], self._num_held_bytes()
         llm, core = self.llm, self.core
         try:
             core.shutdown()
@@ -337,6 +340,15 @@ class Engine:
                 f"the model of {self.world.identity} is still held by {holders[:8]}",
                 phase="release",
             )
+        after = self._device.memory()[0]
+        ledger.require_fall(before, after, held, self.world.identity, "release")
+
+    def _num_held_bytes(self) -> int:
+        """Of the device's memory now, at least."""
+        if self._device.type != "cpu":
+            return self.memory().device_bytes
+        # Which of the KV cache's pages there are depends on what was asked.
+        return self._backend.num_weight_bytes if self.sleep_level < 2 else 0
 
 
 def abandon(error: BaseException | None, world: World, device: Device) -> None:

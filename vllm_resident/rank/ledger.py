@@ -49,14 +49,13 @@ def count_model(model: weakref.ref[Any]) -> None:
     _models[id(model)] = model
 
 
-def require_fall(before: int, after: int, expected: int, what: str) -> None:
+def require_fall(before: int, after: int, expected: int, what: str, phase: str) -> None:
     """Raise `ReleaseIncomplete` unless the device's memory fell from `before` to
     `after` by about the `expected` bytes."""
     missing = expected - (before - after)
     if missing > max(_TOLERANCE_BYTES, _TOLERANCE * expected):
         raise ReleaseIncomplete(
-            f"{what} gave back {before - after} of {expected} bytes",
-            phase="free_weights",
+            f"{what} gave back {before - after} of {expected} bytes", phase=phase
         )
 
 
