@@ -37,10 +37,12 @@ class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class EngineMemory(msgspec.Struct, frozen=True):
     """What one engine has on one rank, in bytes: on the device (weights and KV cache,
-    while awake) and of host memory (weights, at sleep level 1)."""
+    while awake) and of host memory (weights, at sleep level 1). `weight_bytes` is the
+    size of its weights, wherever they are."""
 
     device_bytes: int = 0
     host_bytes: int = 0
+    weight_bytes: int = 0
 
 
 class EngineReport(msgspec.Struct, frozen=True):

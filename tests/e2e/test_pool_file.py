@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.pools import ranks_at_rest
 from tests.e2e.shell import Shell, make_models, shell
 from vllm_resident import Client
 
@@ -97,7 +98,7 @@ def test_an_engine_goes_on_while_a_checkpoint_is_read(
     shared_pool.load(
         "reader", models["llama"], ranks=[0], kv_cache_memory_bytes=2**26, **small
     )
-    threads = [rank.num_threads for rank in shared_pool.status().ranks]
+    threads = [rank.num_threads for rank in ranks_at_rest(shared_pool)]
     alone = shared_pool.generate(
         "reader", "hello", temperature=0, max_tokens=64, ignore_eos=True
     )
@@ -113,5 +114,5 @@ def test_an_engine_goes_on_while_a_checkpoint_is_read(
     weights = Path(models["smollm2"], "model.safetensors").stat().st_size
     assert done[0] > weights
     assert beside == alone
-    assert [rank.num_threads for rank in shared_pool.status().ranks] == threads
+    assert [rank.num_threads for rank in ranks_at_rest(shared_pool)] == threads
     shared_pool.unload("reader")

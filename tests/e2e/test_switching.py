@@ -301,18 +301,13 @@ def test_sleepers_stay_within_the_host_memory_budget(
 ) -> None:
     """Room for three sleepers, six models in rotation."""
     file = tmp_path / "pool.toml"
-    file.write_text("[pool]\nhost_memory = '1GiB'\n")
     models = [*ARCHITECTURES, "llama"]
+    # Three of most of them; the mixture is twice the size of the others.
+    sizes = [Path(checkpoints[m], "model.safetensors").stat().st_size for m in models]
+    budget = int(3.5 * sorted(sizes)[len(sizes) // 2])
+    file.write_text(f"[pool]\nhost_memory = {budget}\n")
     with running_pool("budget", pool_folder, num_ranks=1, config=file) as pool:
-        pool.load("m0", checkpoints["llama"], **ENGINE_ARGS)
-        (engine,) = pool.status().engines
-        weights = engine.memory[0].device_bytes - ENGINE_ARGS["kv_cache_memory_bytes"]
-        pool.shutdown()
-    # At most the biggest three fit: the others are of about the same size.
-    file.write_text(f"[pool]\nhost_memory = {int(6.5 * weights)}\n")
-    with running_pool("budget", pool_folder, num_ranks=1, config=file) as pool:
-        budget = pool.status().host_memory_bytes
-        assert budget is not None
+        assert pool.status().host_memory_bytes == budget
         pool.load("m0", checkpoints[models[0]], **ENGINE_ARGS)
         order = ["m0"]
         for number in [*range(1, 6), 0, 2, 4, 1, 3, 5]:
@@ -330,7 +325,7 @@ def test_sleepers_stay_within_the_host_memory_budget(
             levels = [engines[each].sleep_level for each in order]
             assert levels == sorted(levels, reverse=True)
             assert levels[-1] == 0
-        assert levels.count(1) >= 2
+        assert levels.count(1) >= 1
         assert levels.count(2) >= 1
 
 

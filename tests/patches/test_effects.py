@@ -1,7 +1,7 @@
 """What each patch is for, seen on real vLLM on CPU with the overlay active.
 
-A few processes serve all tests (`scenarios.py` is what they run): importing vLLM is most
-of the time.
+A few processes serve all tests (`scenarios.py` is what they run): importing vLLM is
+most of the time.
 """
 
 from __future__ import annotations

@@ -143,6 +143,16 @@ def test_many_processes_at_once(place: Place) -> None:
     assert len(place.overlays()) == 1
 
 
+def test_what_another_process_made_meanwhile_is_not_moved(place: Place) -> None:
+    """It imports from it already."""
+    place.run()
+    (overlay,) = place.overlays()
+    before = overlay.stat().st_ino
+    assert is_patched(place.run(before=_FIND_NOTHING_AT_FIRST))
+    assert place.overlays() == [overlay]
+    assert overlay.stat().st_ino == before
+
+
 @pytest.mark.parametrize("damage", ["truncate", "edit", "manifest", "remove", "file"])
 def test_a_damaged_cache_is_made_anew(place: Place, damage: str) -> None:
     place.run()
@@ -261,4 +271,10 @@ import os
 def refuse(*args, **kwargs):
     raise PermissionError(13, "Permission denied", str(args[0]))
 os.mkdir = refuse
+"""
+
+_FIND_NOTHING_AT_FIRST = """
+from vllm_resident.patching import overlay
+look, answers = overlay._is_whole, [False]
+overlay._is_whole = lambda *args: answers.pop() if answers else look(*args)
 """

@@ -18,7 +18,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_RANKS = 4
-START_AND_RUN_S = 100.0
+START_AND_RUN_S = 280.0
 SCENARIOS = [
     "overlapping",
     "outside",
@@ -30,7 +30,7 @@ SCENARIOS = [
 ]
 MEMBERS = {"left": [0, 1], "middle": [1, 2], "right": [2, 3], "all": [0, 1, 2, 3]}
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(110)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(310)]
 
 Results = dict[str, list[dict[str, Any]]]
 

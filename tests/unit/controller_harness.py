@@ -256,25 +256,27 @@ def answer(rank: int, message: ToRankMessage) -> RankMessage | None:
         case PrepareEngine(generation=generation):
             return EnginePrepared(
                 rank=rank, generation=generation, seconds=0.1,
-                memory=EngineMemory(device_bytes=WEIGHTS),
+                memory=EngineMemory(device_bytes=WEIGHTS, weight_bytes=WEIGHTS),
             )  # fmt: skip
         case BuildEngine(generation=generation):
             return EngineBuilt(
                 rank=rank, generation=generation, phases={"form": 0.1, "build": 0.2},
                 memory_before_bytes=1, memory_after_bytes=2,
-                memory=EngineMemory(device_bytes=WEIGHTS),
+                memory=EngineMemory(device_bytes=WEIGHTS, weight_bytes=WEIGHTS),
             )  # fmt: skip
         case SuspendEngine(generation=generation, level=level):
             return EngineSuspended(
                 rank=rank, generation=generation, level=level, phases={"stop": 0.01},
                 memory_before_bytes=2, memory_after_bytes=1,
-                memory=EngineMemory(host_bytes=WEIGHTS if level == 1 else 0),
+                memory=EngineMemory(
+                    host_bytes=WEIGHTS if level == 1 else 0, weight_bytes=WEIGHTS
+                ),
             )  # fmt: skip
         case ResumeEngine(generation=generation):
             return EngineResumed(
                 rank=rank, generation=generation, phases={"resume": 0.01},
                 memory_before_bytes=1, memory_after_bytes=2,
-                memory=EngineMemory(device_bytes=WEIGHTS),
+                memory=EngineMemory(device_bytes=WEIGHTS, weight_bytes=WEIGHTS),
             )  # fmt: skip
         case CloseEngine(generation=generation) | DropEngine(generation=generation):
             return EngineClosed(

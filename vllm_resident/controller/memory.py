@@ -148,8 +148,8 @@ def over_budget(
 
 
 def kept_bytes(engine: Engine) -> dict[int, int]:
-    """At most what an awake engine will keep of host memory by rank at level 1."""
-    return {rank: memory.device_bytes for rank, memory in engine.memory.items()}
+    """What an awake engine will keep of host memory by rank at level 1."""
+    return {rank: memory.weight_bytes for rank, memory in engine.memory.items()}
 
 
 def shortage(

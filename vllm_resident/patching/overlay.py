@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -40,8 +41,8 @@ from vllm_resident.patching.tree import (
 
 # Half-written folders have random names and lose their name here only when whole.
 _MANIFEST = "manifest.json"
-# Attempts to move an overlay to its place while other processes do the same.
-_MOVES = 10
+# For a process that looks and moves a folder: milliseconds.
+_LOCK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -213,19 +214,37 @@ def _write(
             "files": {file: sha256(content) for file, content in contents.items()},
         }
         (fresh / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for _ in range(_MOVES):
-            # What lies there is not whole. Another process may take it away first.
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(tempfile.mkdtemp(prefix=".old-", dir=parent))
-            # Another process may have put its own there meanwhile, which will do.
-            with contextlib.suppress(OSError):
+        with _alone_in(parent):
+            # Another process may have put its own there meanwhile, and import from it.
+            if not _is_whole(folder, tree, its_series):
+                with contextlib.suppress(FileNotFoundError):
+                    folder.rename(tempfile.mkdtemp(prefix=".old-", dir=parent))
                 fresh.rename(folder)
-            if _is_whole(folder, tree, its_series):
-                return folder
-        raise OSError(errno.EIO, "what is written there does not stay")
+        if not _is_whole(folder, tree, its_series):
+            raise OSError(errno.EIO, "what is written there does not stay")
+        return folder
     finally:
         for rest in (fresh, *parent.glob(".old-*")):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """While one process looks and moves, the others wait; the lock ends with it."""
+    lock = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _link_neighbours(source: Path, copies: Path) -> None:

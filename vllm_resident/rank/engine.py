@@ -105,7 +105,7 @@ def _expected_memory(config: VllmConfig) -> EngineMemory:
     num_parts = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     weights = checkpoint.num_weight_bytes(config.model_config.model) // num_parts
     kv_cache = config.cache_config.kv_cache_memory_bytes or 0
-    return EngineMemory(device_bytes=weights + kv_cache)
+    return EngineMemory(device_bytes=weights + kv_cache, weight_bytes=weights)
 
 
 class ResidentExecutor(ExecutorWithExternalLauncher):
@@ -233,9 +233,12 @@ class Engine:
     def memory(self) -> EngineMemory:
         """What it has on this rank now."""
         weights = self._backend.num_weight_bytes
-        if self.sleep_level == 0:
-            return EngineMemory(device_bytes=weights + self._backend.num_kv_cache_bytes)
-        return EngineMemory(host_bytes=weights if self.sleep_level == 1 else 0)
+        kv_cache = self._backend.num_kv_cache_bytes
+        return EngineMemory(
+            device_bytes=weights + kv_cache if self.sleep_level == 0 else 0,
+            host_bytes=weights if self.sleep_level == 1 else 0,
+            weight_bytes=weights,
+        )
 
     def check_sleep(self, level: int) -> None:
         """Raise `CommandRejected` where `sleep(level)` would, and change nothing."""

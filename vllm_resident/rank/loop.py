@@ -22,7 +22,7 @@ from vllm_resident.errors import (
     ReleaseIncomplete,
     ResidentError,
 )
-from vllm_resident.rank import faults, lockstep, turns
+from vllm_resident.rank import faults, lockstep, prefetch, turns
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device, messaging_context
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
@@ -149,6 +149,8 @@ class RankLoop:
         except (ResidentError, faults.InjectedFault) as error:
             self._fail(generation, error, "prepare")
             return
+        # Read while what goes still serves.
+        prefetch.hint(command.model)
         self._hosted[generation] = Hosted(
             generation, command.name, command.ranks, prepared
         )

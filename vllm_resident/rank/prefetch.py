@@ -49,6 +49,20 @@ def start(
     ).start()
 
 
+def hint(folder: str) -> None:
+    """Have the kernel begin to read a local checkpoint, which is soon to be loaded, and
+    return at once; it may be thrown out again where memory is short."""
+    if not Path(folder).expanduser().is_dir():
+        return
+    with contextlib.suppress(ResidentError, OSError):
+        for file in find(folder):
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
 def answer(rank: int, command: ReadCheckpoint) -> CheckpointRead:
     """Read the checkpoint and say how much it was, or why it cannot be read."""
     since = time.monotonic()
