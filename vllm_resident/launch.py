@@ -203,7 +203,7 @@ def launch(
             # the pool in order.
             start_new_session=True,
             # Between fork and exec other threads' locks may be held: it takes none.
-            preexec_fn=None if detach else lambda: _die_with(starter),  # noqa: PLW1509
+            preexec_fn=None if detach else lambda: die_with(starter),  # noqa: PLW1509
         )
     return Launch(process, endpoint, log, start_up)
 
@@ -250,7 +250,7 @@ def num_gpus() -> int:
     return min(installed, len(visible.split(","))) if visible else installed
 
 
-def _die_with(starter: int) -> None:
+def die_with(starter: int) -> None:
     """In the child, before exec: SIGTERM to it when the starting thread's process ends,
     by `kill -9` too (prctl(2), PR_SET_PDEATHSIG)."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

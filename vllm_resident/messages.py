@@ -13,7 +13,7 @@ import msgspec
 
 from vllm_resident.errors import ErrorInfo
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 32 * 2**20
 
 
@@ -147,7 +147,7 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
 
 class PoolStatus(msgspec.Struct, frozen=True):
-    """The whole pool at one moment."""
+    """The whole pool at one moment. `models` are the names that pool.toml declares."""
 
     pool: str
     phase: str
@@ -160,6 +160,7 @@ class PoolStatus(msgspec.Struct, frozen=True):
     num_protocol_errors: int = 0
     host_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
+    models: list[str] = []
 
 
 # ----------------------------------------------------------- client -> controller
@@ -247,6 +248,25 @@ class CancelGenerate(FromClient, frozen=True, kw_only=True):
     """Abort the generate call of the same number; answered by that call's end."""
 
 
+class AttachFrontend(FromClient, frozen=True, kw_only=True):
+    """Let an engine's leader serve a frontend of vLLM's that listens at these two
+    addresses (ROUTER and PULL, as `AsyncLLM` binds them).
+
+    Answered by `FrontendAttached`; then `Progress` with the engine's phase, each second
+    and whenever it changes, until `FrontendDetached` or `CallFailed`. The frontend
+    stays attached while its engine sleeps.
+    """
+
+    engine: str
+    input_address: str
+    output_address: str
+    timeout_s: float
+
+
+class DetachFrontend(FromClient, frozen=True, kw_only=True):
+    """End the attachment of the same number; answered by that call's end."""
+
+
 class GetStatus(FromClient, frozen=True, kw_only=True):
     pass
 
@@ -291,6 +311,21 @@ class GenerateOutput(ToClient, frozen=True, kw_only=True):
 
     completions: list[Completion]
     done: bool
+
+
+class FrontendAttached(ToClient, frozen=True, kw_only=True):
+    """The leader has connected. `spec` is what the engine was built of; `phase` is the
+    engine's, as in `EngineStatus`."""
+
+    generation: int
+    spec: EngineSpec
+    phase: str
+
+
+class FrontendDetached(ToClient, frozen=True, kw_only=True):
+    """As asked for, or because the engine is gone: then `reason` says why."""
+
+    reason: str
 
 
 class StatusReported(ToClient, frozen=True, kw_only=True):
@@ -441,6 +476,22 @@ class RequestFailed(FromRank, frozen=True, kw_only=True):
     error: ErrorInfo
 
 
+class FrontendConnected(FromRank, frozen=True, kw_only=True):
+    """The answer to `ConnectFrontend`; with `error` the leader has no such frontend."""
+
+    generation: int
+    frontend: int
+    error: ErrorInfo | None = None
+
+
+class FrontendRequests(FromRank, frozen=True, kw_only=True):
+    """How many requests of frontends the leader has, running or held while the engine
+    sleeps. Said at once when there are none any more, or some again."""
+
+    generation: int
+    num_requests: int
+
+
 # ------------------------------------------------------------- controller -> rank
 
 
@@ -542,6 +593,23 @@ class AbortRequest(ToRank, frozen=True, kw_only=True):
     request: int
 
 
+class ConnectFrontend(ToRank, frozen=True, kw_only=True):
+    """To the leader: serve a frontend of vLLM's at these addresses, under this number,
+    which no other of the generation ever has; answered by `FrontendConnected`."""
+
+    generation: int
+    frontend: int
+    input_address: str
+    output_address: str
+
+
+class DisconnectFrontend(ToRank, frozen=True, kw_only=True):
+    """To the leader: the frontend is gone; its requests are aborted. Not answered."""
+
+    generation: int
+    frontend: int
+
+
 class ExitRank(ToRank, frozen=True, kw_only=True):
     """End the process with exit status 0 (or, with `failed`, 1)."""
 
@@ -559,6 +627,8 @@ ClientMessage = (
     | PrefetchCheckpoint
     | Generate
     | CancelGenerate
+    | AttachFrontend
+    | DetachFrontend
     | GetStatus
     | ShutdownPool
 )
@@ -576,6 +646,8 @@ RankMessage = (
     | RequestsAccepted
     | RequestOutput
     | RequestFailed
+    | FrontendConnected
+    | FrontendRequests
 )
 ToController = ClientMessage | RankMessage
 ToClientMessage = (
@@ -583,6 +655,8 @@ ToClientMessage = (
     | SwitchDone
     | CheckpointPrefetched
     | GenerateOutput
+    | FrontendAttached
+    | FrontendDetached
     | StatusReported
     | PoolStopped
     | CallFailed
@@ -600,5 +674,7 @@ ToRankMessage = (
     | DropEngine
     | AddRequest
     | AbortRequest
+    | ConnectFrontend
+    | DisconnectFrontend
     | ExitRank
 )

@@ -7,6 +7,7 @@ nothing here waits: callers poll with deadlines of their own.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tempfile
@@ -167,3 +168,23 @@ def check_bindable(endpoint: str) -> None:
             f"endpoint {endpoint!r} listens beyond this machine; only loopback "
             "addresses and unix sockets are supported without keys"
         )
+
+
+def parse_http_address(text: str) -> tuple[str, int]:
+    """HOST:PORT, [IPV6]:PORT, or :PORT on loopback; raises `CommandRejected`."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\s\[\]]*):(\d{1,5})", text)
+    if found is None or int(found[2]) > 65535:
+        raise CommandRejected(
+            f"HTTP address {text!r}: it is HOST:PORT, such as 127.0.0.1:8000"
+        )
+    return found[1].strip("[]") or "127.0.0.1", int(found[2])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or number, as written, is this machine's alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

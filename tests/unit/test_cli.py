@@ -1,6 +1,7 @@
 """The command line: its grammar, what it prints where, and its exit codes."""
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -561,3 +562,33 @@ def test_two_ranks_at_most_where_there_is_no_gpu(
     assert default_num_ranks() == 2
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {5})
     assert default_num_ranks() == 1
+
+
+@pytest.mark.parametrize(
+    ("http", "why"),
+    [
+        ("0.0.0.0:8000", "beyond this machine"),
+        ("8000", "HOST:PORT"),
+        ("127.0.0.1:99999", "HOST:PORT"),
+        ("no-such-host.invalid:80", "beyond this machine"),
+    ],
+)
+def test_an_http_address_is_checked_before_anything_is_started(
+    http: str,
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setattr("vllm_resident.cli.up.launch", None)  # it would be called
+    assert main(["up", "--http", http]) == 2
+    assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_http_port_that_is_taken_is_told_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_resident.cli.up.launch", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["up", "--http", f":{taken.getsockname()[1]}"]) == 2
+    assert "cannot listen" in capsys.readouterr().err

@@ -198,6 +198,17 @@ def _add_up(parser: Parser) -> None:
         "--layout", metavar="LAYOUT.toml", help="apply this layout when it is ready"
     )
     parser.add_argument(
+        "--http",
+        metavar="HOST:PORT",
+        help="serve the pool's models to OpenAI clients there, each brought up when a "
+        "request names it; :PORT is loopback's, beyond that an --api-key is needed",
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="the key that requests over HTTP need (default: $VLLM_API_KEY, else none)",
+    )
+    parser.add_argument(
         "--max-restarts",
         metavar="N",
         type=int,

@@ -13,7 +13,7 @@ from types import FrameType
 from rich.markup import escape
 
 from vllm_resident import config
-from vllm_resident.cli import parser
+from vllm_resident.cli import gateway, parser
 from vllm_resident.cli.display import describe_error, rank_table, switch_summary
 from vllm_resident.cli.output import Output
 from vllm_resident.client import Client
@@ -33,6 +33,8 @@ class _Terminated(BaseException):
 def up(arguments: argparse.Namespace, output: Output) -> int:
     """Start the pool; in the foreground, return when it has ended."""
     layout = config.read_layout(arguments.layout) if arguments.layout else None
+    if arguments.http is not None:
+        gateway.check(arguments.http, arguments.api_key)
     num_ranks = arguments.nproc_per_node or default_num_ranks()
     with contextlib.suppress(_Terminated), _sigterm_raises():
         started = launch(
@@ -58,22 +60,53 @@ def _see_through(
 ) -> int:
     """From the start to the end of the pool, or of our interest in it. Whatever goes
     wrong on the way up, nothing is left behind."""
+    http: gateway.GatewayProcess | None = None
     try:
         status = _wait_ready(started, client, arguments.timeout, output)
         status = _wait_started(started, client, status, arguments.timeout, output)
         report = _apply(client, layout, output) if layout is not None else None
+        if arguments.http is not None:
+            http = _start_gateway(started, client, arguments)
+            _wait_listening(http, arguments.timeout, output)
     except (ResidentError, KeyboardInterrupt, _Terminated):
         with _second_interrupt_kills(started):
+            if http is not None:
+                http.end()
             started.terminate()
         raise
 
     def announce() -> None:
-        _announce(started, client, status, report, arguments, output)
+        _announce(started, client, status, report, http, arguments, output)
 
     if arguments.detach:
         announce()
         return parser.OK
-    return _stay(started, client, announce, output)
+    try:
+        return _stay(started, client, http, announce, output)
+    finally:
+        if http is not None:
+            http.end()
+
+
+def _start_gateway(
+    started: Launch, client: Client, arguments: argparse.Namespace
+) -> gateway.GatewayProcess:
+    return gateway.start(
+        arguments.pool,
+        arguments.http,
+        client.endpoint,
+        api_key=arguments.api_key,
+        owner_pid=started.process.pid,
+        detach=arguments.detach,
+    )
+
+
+def _wait_listening(
+    http: gateway.GatewayProcess, timeout_s: float, output: Output
+) -> None:
+    with output.phases() as phases:
+        phases.phase_started("gateway", "starting (importing vLLM)", 0.0)
+        http.wait_listening(timeout_s)
 
 
 def _wait_ready(
@@ -133,6 +166,7 @@ def _announce(
     client: Client,
     status: PoolStatus,
     report: SwitchReport | None,
+    http: gateway.GatewayProcess | None,
     arguments: argparse.Namespace,
     output: Output,
 ) -> None:
@@ -144,6 +178,7 @@ def _announce(
             "log": str(started.log),
             "status": client.status() if report else status,
             "layout": report,
+            "http": http.url if http else None,
         },
     )
     if output.json:
@@ -155,6 +190,8 @@ def _announce(
     output.message(rank_table(status.ranks))
     if report is not None:
         output.message(switch_summary(report))
+    if http is not None:
+        output.message(f"OpenAI clients: base URL {escape(http.url)}")
     output.message(_what_next(arguments))
 
 
@@ -170,7 +207,11 @@ def _what_next(arguments: argparse.Namespace) -> str:
 
 
 def _stay(
-    started: Launch, client: Client, announce: Callable[[], None], output: Output
+    started: Launch,
+    client: Client,
+    http: gateway.GatewayProcess | None,
+    announce: Callable[[], None],
+    output: Output,
 ) -> int:
     """Until the pool ends or is to end. Who reads that it is ready may end it at once,
     so that is said in here."""
@@ -178,7 +219,7 @@ def _stay(
         announce()
         status = _wait_for_end(started)
     except (KeyboardInterrupt, _Terminated) as signalled:
-        _shut_down(started, client, output)
+        _shut_down(started, client, http, output)
         interrupted = isinstance(signalled, KeyboardInterrupt)
         return parser.INTERRUPTED if interrupted else parser.OK
     if status == 0:
@@ -197,9 +238,17 @@ def _wait_for_end(started: Launch) -> int:
     return status
 
 
-def _shut_down(started: Launch, client: Client, output: Output) -> None:
+def _shut_down(
+    started: Launch,
+    client: Client,
+    http: gateway.GatewayProcess | None,
+    output: Output,
+) -> None:
     output.message("shutting the pool down; Ctrl-C again kills it")
     with _second_interrupt_kills(started), output.phases() as phases:
+        if http is not None:
+            phases.phase_started("gateway", "shutting down", 0.0)
+            http.end()
         phases.phase_started("pool", "shutting down", 0.0)
         try:
             client.shutdown(_SHUTDOWN_TIMEOUT_S, on_progress=phases.on_progress)

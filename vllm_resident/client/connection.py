@@ -28,9 +28,12 @@ from vllm_resident.errors import (
     from_info,
 )
 from vllm_resident.messages import (
+    AttachFrontend,
     CallFailed,
     CancelGenerate,
+    DetachFrontend,
     FromClient,
+    FrontendAttached,
     Generate,
     GenerateOutput,
     Progress,
@@ -121,7 +124,8 @@ class Connection:
     ) -> AsyncGenerator[ToClientMessage]:
         """Send a command and yield its replies, up to and with the last.
 
-        However a generate call is left before its end, the pool is told.
+        However a generate call or an attachment is left before its end, the pool is
+        told.
         """
         queue: asyncio.Queue[ToClientMessage] = asyncio.Queue()
         self._calls[command.call] = queue
@@ -134,7 +138,7 @@ class Connection:
                     if on_progress is not None:
                         on_progress(reply)
                     continue
-                running = isinstance(reply, GenerateOutput) and not reply.done
+                running = not _is_last(reply)
                 if isinstance(reply, CallFailed):
                     raise from_info(reply.error)
                 yield reply
@@ -143,7 +147,9 @@ class Connection:
         finally:
             del self._calls[command.call]
             if running and isinstance(command, Generate):
-                self._cancel(command.call)
+                self._cancel(CancelGenerate(call=command.call))
+            elif running and isinstance(command, AttachFrontend):
+                self._cancel(DetachFrontend(call=command.call))
 
     async def close(self) -> None:
         """Disconnect; calls under way fail. No-op if already closed."""
@@ -222,11 +228,11 @@ class Connection:
             ) from error
         self._reader = asyncio.create_task(self._read(), name="vllm-resident reader")
 
-    def _cancel(self, call: int) -> None:
+    def _cancel(self, command: FromClient) -> None:
         # Also runs while a task is being cancelled, so it must not wait; the socket
         # has room, and a full one means that the controller does not read anyway.
         if self._socket is not None:
-            self._socket.send_multipart(transport.encode(CancelGenerate(call=call)))
+            self._socket.send_multipart(transport.encode(command))
 
     async def _read(self) -> None:
         """Give every message to the call it answers; late ones are dropped."""
@@ -246,6 +252,13 @@ class Connection:
     def _fail_all(self, error: ErrorInfo) -> None:
         for call, queue in self._calls.items():
             queue.put_nowait(CallFailed(call=call, error=error))
+
+
+def _is_last(reply: ToClient) -> bool:
+    """Whether nothing follows this reply; not of `Progress`."""
+    if isinstance(reply, GenerateOutput):
+        return reply.done
+    return not isinstance(reply, FrontendAttached)
 
 
 def expect(expected: type[Reply], reply: ToClient) -> Reply:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from vllm_resident.controller import (
     commands,
     engines,
+    frontends,
     prefetch,
     ranks,
     reports,
@@ -33,10 +34,12 @@ from vllm_resident.errors import (
 )
 from vllm_resident.messages import (
     AddRequest,
+    AttachFrontend,
     CallFailed,
     CancelGenerate,
     CheckpointRead,
     ClientMessage,
+    DetachFrontend,
     EngineBuilt,
     EngineClosed,
     EngineFailed,
@@ -45,6 +48,8 @@ from vllm_resident.messages import (
     EngineSuspended,
     ExitRank,
     FromRank,
+    FrontendConnected,
+    FrontendRequests,
     Generate,
     GetStatus,
     Heartbeat,
@@ -88,6 +93,7 @@ class Pool:
         """The client does not read any more: its generate calls are aborted, its
         switches go on."""
         requests.client_gone(self.state, client)
+        frontends.client_gone(self.state, client)
         switches.client_gone(self.state, client)
         prefetch.client_gone(self.state, client)
         if stop := self.state.stop:
@@ -151,6 +157,8 @@ class Pool:
         ranks.tick(state, elapsed_s, now)
         self._expire_engines(now)
         requests.tick(state, now)
+        frontends.settle(state, now)
+        frontends.tick(state, now)
         switches.tick(state, now)
         prefetch.tick(state, now)
         return self._settle(now)
@@ -172,6 +180,9 @@ class Pool:
         if isinstance(message, CancelGenerate):
             requests.cancel(self.state, client, message.call)
             return
+        if isinstance(message, DetachFrontend):
+            frontends.detach(self.state, client, message.call)
+            return
         if self.state.stop is not None and not isinstance(message, ShutdownPool):
             raise CommandRejected(f"pool {self.state.name!r} is stopping")
         check_timeout(message.timeout_s)
@@ -184,6 +195,8 @@ class Pool:
                 prefetch.start(self.state, client, message, now)
             case Generate():
                 requests.generate(self.state, client, message, now)
+            case AttachFrontend():
+                frontends.attach(self.state, client, message, now)
             case ShutdownPool():
                 self._stop(message.timeout_s, now)
                 assert self.state.stop is not None
@@ -193,6 +206,7 @@ class Pool:
         state = self.state
         calls = {(switch.client, switch.call) for switch in state.switches}
         calls |= {(request.client, request.call) for request in state.requests.values()}
+        calls |= {(each.client, each.call) for each in state.frontends.values()}
         if (client, call) in calls or prefetch.is_call(state, client, call):
             raise CommandRejected(f"call number {call} is in use: number calls anew")
 
@@ -247,8 +261,20 @@ class Pool:
                 return engines.on_closed(state, engine, message, now)
             case EngineFailed():
                 engines.on_failed(state, engine, message, now)
-            case RequestOutput() | RequestFailed() | RequestsAccepted():
-                return self._request_message(engine, message)
+            case _:
+                return self._leader_message(engine, message, now)
+        return True
+
+    def _leader_message(self, engine: Engine, message: RankMessage, now: float) -> bool:
+        """What only a leader says: of requests and of frontends."""
+        if isinstance(message, RequestOutput | RequestFailed | RequestsAccepted):
+            return self._request_message(engine, message)
+        if message.rank != engine.leader:
+            return False
+        if isinstance(message, FrontendConnected):
+            frontends.on_connected(self.state, engine, message, now)
+        elif isinstance(message, FrontendRequests):
+            frontends.on_requests(self.state, engine, message)
         return True
 
     def _request_message(
@@ -292,6 +318,7 @@ class Pool:
         error = CommandRejected(f"pool {state.name!r} is stopping").to_info()
         for request in list(state.requests.values()):
             requests.fail(state, request, error)
+        frontends.fail_all(state, error)
         prefetch.fail_all(state, error)
         for switch in state.switches:
             answer = CallFailed(call=switch.call, error=error)
@@ -317,6 +344,7 @@ class Pool:
             switches.restore(state, now)
             commands.start_declared(state, now)
             commands.demote_for_budget(state, now)
+        frontends.settle(state, now)
         return self._take()
 
     def _finish_stop(self, stop: Stop, now: float) -> None:

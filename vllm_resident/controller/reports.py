@@ -159,6 +159,7 @@ def pool_status(state: PoolState, now: float) -> PoolStatus:
         num_protocol_errors=state.num_protocol_errors,
         host_memory_bytes=state.host_memory_bytes,
         device_memory_bytes=state.device_memory_bytes,
+        models=sorted(state.models),
     )
 
 
@@ -198,6 +199,7 @@ def _engine_rows(state: PoolState, now: float) -> list[EngineStatus]:
 def _engine_status(state: PoolState, engine: Engine, now: float) -> EngineStatus:
     is_moving = engine.phase in (*ENGINE_MOVING, EnginePhase.PREPARED)
     requests = [r for r in state.requests.values() if r.generation == engine.generation]
+    num_requests = len(requests) + engine.num_frontend_requests
     return EngineStatus(
         name=engine.name,
         model=engine.spec.model,
@@ -205,11 +207,11 @@ def _engine_status(state: PoolState, engine: Engine, now: float) -> EngineStatus
         generation=engine.generation,
         ranks=engine.ranks,
         engine_args=engine.spec.engine_args,
-        num_requests=len(requests),
+        num_requests=num_requests,
         progress=engine.progress[-1] if is_moving and engine.progress else "",
         error=engine.error.message if engine.error else "",
         sleep_level=engine.sleep_level,
         pinned=engine.spec.pinned,
-        idle_s=now - engine.last_used if engine.ready_at and not requests else 0.0,
+        idle_s=now - engine.last_used if engine.ready_at and not num_requests else 0.0,
         memory=engine.memory,
     )

@@ -113,8 +113,9 @@ def refuse_held(state: PoolState, engine: Engine) -> None:
 
 
 def in_flight(state: PoolState, engine: Engine) -> int:
-    """How many requests its leader has."""
-    return sum(r.held is None for r in of_engine(state, engine.generation))
+    """How many requests its leader has, of clients and of frontends."""
+    own = sum(r.held is None for r in of_engine(state, engine.generation))
+    return own + engine.num_frontend_requests
 
 
 def _serving_engine(state: PoolState, name: str) -> Engine:

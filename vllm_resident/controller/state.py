@@ -205,6 +205,8 @@ class Engine:
     keeps_failure: bool = False
     # When the requests of an engine that failed in a step are told (engines.py).
     fail_requests_at: float | None = None
+    # Those of frontends, as its leader last said (frontends.py).
+    num_frontend_requests: int = 0
 
     @property
     def name(self) -> str:
@@ -236,6 +238,23 @@ class Request:
     completions: list[Completion] = field(default_factory=list)
     # Not sent to the leader yet: its engine is being moved (requests.py).
     held: AddRequest | None = None
+
+
+@dataclass
+class Frontend:
+    """One attachment of a frontend to an engine's leader; `phase` is what its client
+    was last told of the engine."""
+
+    number: int
+    client: bytes
+    call: int
+    engine: str
+    generation: int
+    started: float
+    deadline: float
+    next_progress: float
+    is_connected: bool = False
+    phase: EnginePhase | None = None
 
 
 @dataclass
@@ -327,6 +346,7 @@ class PoolState:
     failed: dict[str, Engine] = field(default_factory=dict)  # by name
     switches: list[Switch] = field(default_factory=list)
     requests: dict[int, Request] = field(default_factory=dict)
+    frontends: dict[int, Frontend] = field(default_factory=dict)
     # What pool.toml declares (`commands.declared`), and what it allows (`memory.py`).
     models: dict[str, EngineSpec] = field(default_factory=dict)
     host_memory_bytes: int | None = None
@@ -338,6 +358,7 @@ class PoolState:
     prefetches: list[Prefetch] = field(default_factory=list)
     next_generation: int = 1
     next_request: int = 1
+    next_frontend: int = 1
     stop: Stop | None = None
     last_tick: float | None = None
     now: float = 0.0  # of the event being handled

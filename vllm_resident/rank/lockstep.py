@@ -1,29 +1,38 @@
 """The leader's step plans to its followers.
 
 Every rank of an engine has a scheduler of its own, so all must see the same inputs at
-the same step. Before each step the leader sends a plan: requests to add and abort, in
-order, and whether to step or to stop. It carries the digest of the leader's last
-outputs; a follower whose own differ raises `RankDiverged`. Plans are raw frames over
-one ZMQ socket per follower: a header, then vLLM's own engine-core frames.
+the same step. Before each step the leader sends a plan: requests to add and abort, and
+calls that change a scheduler's state, in order, and whether to step or to stop. It
+carries the digest of the leader's last outputs; a follower whose own differ raises
+`RankDiverged`. Plans are raw frames over one ZMQ socket per follower: a header, then
+vLLM's own engine-core frames.
+
+Requests are of clients, by vLLM's client index: 0 is the pool itself, on the leader,
+the others are frontends (`frontends.py`).
 """
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
+from vllm.multimodal.cache.base import MultiModalCacheMissError
 from vllm.v1.engine import (
+    EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineCoreRequestType,
+    FinishReason,
+    UtilityOutput,
 )
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import InprocClient
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from vllm_resident.errors import (
     ProtocolError,
@@ -39,8 +48,17 @@ CONNECT_TIMEOUT_S = 20.0
 # A closed line still sends what the follower has not read yet: the stop plan.
 STOP_LINGER_S = 10.0
 
+# vLLM's utility calls that change what a scheduler does next: every rank makes them at
+# the same step. None of them runs code or reads files that its caller names.
+SHARED_UTILITIES = frozenset(
+    {"reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"}
+)
+
 _ADD = EngineCoreRequestType.ADD.value
 _ABORT = EngineCoreRequestType.ABORT.value
+_UTILITY = EngineCoreRequestType.UTILITY.value
+
+log = logging.getLogger("vllm_resident.rank")
 
 
 class StepPlan(msgspec.Struct, array_like=True, frozen=True):
@@ -58,14 +76,22 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     actions: list[tuple[bytes, int]]
 
 
-def digest(outputs: EngineCoreOutputs | None, previous: int) -> int:
-    """Checksum over all outputs up to and including these: who got which tokens."""
-    if outputs is None:
-        return previous
-    for output in outputs.outputs:
-        reason = "" if output.finish_reason is None else output.finish_reason.name
-        row = f"{output.request_id} {output.new_token_ids} {reason}"
-        previous = zlib.crc32(row.encode(), previous)
+class UtilityCall(msgspec.Struct, array_like=True, frozen=True):
+    """One of `SHARED_UTILITIES` with its arguments."""
+
+    method: str
+    args: list[Any]
+
+
+def digest(outputs: Mapping[int, EngineCoreOutputs] | None, previous: int) -> int:
+    """Checksum over all outputs up to and including these, of all clients: who got
+    which tokens."""
+    for client in sorted(outputs or ()):
+        assert outputs is not None
+        for output in outputs[client].outputs:
+            reason = "" if output.finish_reason is None else output.finish_reason.name
+            row = f"{output.request_id} {output.new_token_ids} {reason}"
+            previous = zlib.crc32(row.encode(), previous)
     return previous
 
 
@@ -83,12 +109,19 @@ class Leader(InprocClient):
         self._followers = followers
         self._encoder = MsgpackEncoder()
         self._pending: list[tuple[bytes, Any]] = []
+        # Client and call number of each utility call in `_pending`, in order.
+        self._callers: list[tuple[int, int]] = []
+        # What is for the pool's own requests beside a step's outputs, and what is for
+        # the other clients.
+        self._own: list[EngineCoreOutput] = []
+        self._others: list[tuple[int, EngineCoreOutputs]] = []
         self._step = 0
         self._digest = 0
 
     @property
     def has_pending(self) -> bool:
-        return bool(self._pending)
+        """Whether something is left to be planned, or to be told the pool itself."""
+        return bool(self._pending or self._own)
 
     def add_request(self, request: EngineCoreRequest) -> None:
         self._pending.append((_ADD, request))
@@ -96,6 +129,19 @@ class Leader(InprocClient):
     def abort_requests(self, request_ids: list[str]) -> None:
         if request_ids:
             self._pending.append((_ABORT, request_ids))
+
+    def share_utility(
+        self, client: int, call_id: int, method: str, args: list[Any]
+    ) -> None:
+        """Make one of `SHARED_UTILITIES` with the next plan, on every rank; the
+        client's `UtilityOutput` is then among what `take_others` gives."""
+        self._pending.append((_UTILITY, UtilityCall(method, args)))
+        self._callers.append((client, call_id))
+
+    def take_others(self) -> list[tuple[int, EngineCoreOutputs]]:
+        """What has come for each client but the pool itself since the last call."""
+        others, self._others = self._others, []
+        return others
 
     def withdraw(self, request_ids: Iterable[str]) -> None:
         """Take back requests recorded since the last plan, as if never added."""
@@ -111,7 +157,12 @@ class Leader(InprocClient):
         has closed its line: it will not take part any more."""
         self._publish(run=True)
         outputs, self._digest = _run(self.engine_core, self._digest)
-        return outputs or EngineCoreOutputs()
+        mine = outputs.pop(0, None) or EngineCoreOutputs()
+        self._others.extend(outputs.items())
+        if self._own:
+            mine.outputs = [*mine.outputs, *self._own]
+            self._own = []
+        return mine
 
     def settle(self) -> None:
         """Send what is pending and the last digest without a step, at the end of a
@@ -141,8 +192,39 @@ class Leader(InprocClient):
                 plan.extend(parts)
             self._send(plan)
         self._step += 1
+        callers, self._callers = iter(self._callers), []
         for kind, item in pending:
-            _apply(self.engine_core, kind, item)
+            outcome, self._digest = _apply(self.engine_core, kind, item, self._digest)
+            if kind == _UTILITY:
+                self._answer(*next(callers), item.method, outcome)
+            elif outcome is not None:
+                self._refuse(item, outcome)
+
+    def _answer(self, client: int, call_id: int, method: str, outcome: Any) -> None:
+        answer = UtilityOutput(call_id)
+        if isinstance(outcome, Exception):
+            answer.failure_message = f"{method} failed: {outcome}"
+        else:
+            answer.result = UtilityResult(outcome)
+        self._others.append((client, EngineCoreOutputs(utility_output=answer)))
+
+    def _refuse(self, request: EngineCoreRequest, error: Exception) -> None:
+        log.error("event=request_refused request=%s error=%r",
+                  request.request_id, error)  # fmt: skip
+        output = EngineCoreOutput(
+            request.request_id, [], finish_reason=FinishReason.ERROR
+        )
+        if isinstance(error, MultiModalCacheMissError):
+            # The frontend forgets what it took for known here, and its caller's next
+            # try succeeds (vllm 0.32.0, v1/engine/core.py, _handle_mm_cache_miss).
+            output.mm_cache_miss_hashes = error.mm_hashes
+        if request.client_index == 0:
+            self._own.append(output)
+        else:
+            outputs = EngineCoreOutputs(
+                outputs=[output], finished_requests={request.request_id}
+            )
+            self._others.append((request.client_index, outputs))
 
     def _send(self, plan: list[bytes]) -> None:
         for follower, socket in enumerate(self._followers, start=1):
@@ -163,6 +245,7 @@ class Follower:
         self.socket = socket
         self._requests = MsgpackDecoder(EngineCoreRequest)
         self._ids = MsgpackDecoder(list[str])
+        self._calls = MsgpackDecoder(UtilityCall)
         self._step = 0
         self._digest = 0
         self.stopped = False
@@ -179,7 +262,7 @@ class Follower:
             return False
         plan = self._check(header)
         for kind, item in self._decode(plan.actions, frames):
-            _apply(self._core, kind, item)
+            _, self._digest = _apply(self._core, kind, item, self._digest)
         self.stopped = plan.stop
         if plan.run:
             _, self._digest = _run(self._core, self._digest)
@@ -191,18 +274,21 @@ class Follower:
     def _decode(
         self, actions: list[tuple[bytes, int]], frames: list[bytes]
     ) -> list[tuple[bytes, Any]]:
-        if [kind for kind, _ in actions if kind not in (_ADD, _ABORT)] or (
+        decoders = {_ADD: self._requests, _ABORT: self._ids, _UTILITY: self._calls}
+        if [kind for kind, _ in actions if kind not in decoders] or (
             sum(num_frames for _, num_frames in actions) != len(frames)
         ):
             raise ProtocolError(f"step plan of {actions} with {len(frames)} frames")
         items = []
         for kind, num_frames in actions:
             parts, frames = frames[:num_frames], frames[num_frames:]
-            decoder = self._requests if kind == _ADD else self._ids
             try:
-                items.append((kind, decoder.decode(parts)))
+                item = decoders[kind].decode(parts)
             except msgspec.DecodeError as error:
                 raise ProtocolError(f"in a step plan: {error}") from error
+            if kind == _UTILITY and item.method not in SHARED_UTILITIES:
+                raise ProtocolError(f"in a step plan: a call of {item.method!r}")
+            items.append((kind, item))
         return items
 
     def _check(self, header: bytes) -> StepPlan:
@@ -222,19 +308,31 @@ class Follower:
         return plan
 
 
-def _apply(core: EngineCore, kind: bytes, item: Any) -> None:
-    if kind == _ADD:
+def _apply(core: EngineCore, kind: bytes, item: Any, before: int) -> tuple[Any, int]:
+    """Do one action of a plan. Gives what a utility call gave, and the digest.
+
+    What vLLM raises about a request (a grammar it cannot compile, a task the model has
+    not) or a call is given back, not raised: the request is at fault, not the engine.
+    It enters the digest, since every rank must have refused it.
+    """
+    if kind == _ABORT:
+        core.abort_requests(item)
+        return None, before
+    try:
+        if kind == _UTILITY:
+            return getattr(core, item.method)(*item.args), before
         request, wave = core.preprocess_add_request(item)
         core.add_request(request, wave)
-    else:
-        core.abort_requests(item)
+    # Of any kind: grammar backends and multi-modal processors raise their own.
+    except Exception as error:  # noqa: BLE001 (logged and answered by the leader)
+        return error, zlib.crc32(b"refused", before)
+    return None, before
 
 
-def _run(core: EngineCore, before: int) -> tuple[EngineCoreOutputs | None, int]:
+def _run(core: EngineCore, before: int) -> tuple[dict[int, EngineCoreOutputs], int]:
     outputs, model_executed = core.step_fn()
     core.post_step(model_executed=model_executed)
-    mine = outputs.get(0) if outputs else None
-    return mine, digest(mine, before)
+    return outputs or {}, digest(outputs, before)
 
 
 def lead(

@@ -26,11 +26,20 @@ from vllm_resident.rank import faults, lockstep, prefetch, turns
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device, messaging_context
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
+from vllm_resident.rank.frontends import Frontends
 from vllm_resident.rank.requests import Requests
 from vllm_resident.rank.serving import Hosted, Serving, Suspension
 from vllm_resident.rank.world import Store, World
 
 log = logging.getLogger("vllm_resident.rank")
+
+# They touch no world, so they need not wait for the end of a build.
+_OF_REQUESTS = (
+    messages.AddRequest
+    | messages.AbortRequest
+    | messages.ConnectFrontend
+    | messages.DisconnectFrontend
+)
 
 
 class RankLoop:
@@ -104,14 +113,23 @@ class RankLoop:
             case messages.ExitRank(reason=reason, failed=failed):
                 log.info("event=exit rank=%d reason=%r", self._rank, reason)
                 self._status = int(failed)
-            case messages.AddRequest(generation=generation):
-                if (hosted := self._hosted.get(generation)) is not None:
-                    self._serving.add(hosted, command)
-            case messages.AbortRequest(generation=generation, request=request):
-                if (hosted := self._hosted.get(generation)) is not None:
-                    self._serving.end_request(hosted, request)
+            case _ if isinstance(command, _OF_REQUESTS):
+                self._handle_requests(command)
             case _:
                 self._handle_engine(command)
+
+    def _handle_requests(self, command: messages.ToRankMessage) -> None:
+        hosted = self._hosted.get(command.generation)
+        match command:
+            case messages.ConnectFrontend():
+                self._serving.connect(hosted, command)
+            case messages.AddRequest() if hosted is not None:
+                self._serving.add(hosted, command)
+            case messages.AbortRequest(request=request) if hosted is not None:
+                self._serving.end_request(hosted, request)
+            case messages.DisconnectFrontend(frontend=frontend):
+                if hosted is not None and hosted.frontends is not None:
+                    hosted.frontends.disconnect(frontend)
 
     def _handle_engine(self, command: messages.ToRankMessage) -> None:
         match command:
@@ -228,6 +246,13 @@ class RankLoop:
             hosted.leader = lockstep.Leader(hosted.engine.core, hosted.lines)
             hosted.engine.llm.engine_core = hosted.leader
             hosted.requests = Requests(hosted.engine.llm, hosted.leader)
+            hosted.frontends = Frontends(
+                hosted.engine.core,
+                hosted.leader,
+                self._context,
+                self._poller,
+                lambda count: self._count_requests(generation, count),
+            )
         else:
             line = lockstep.follow(self._context, world.rank, world.store)
             hosted.lines = [line]
@@ -244,12 +269,15 @@ class RankLoop:
         if self._control.is_dropped(building.generation):
             raise RankFailure("called off by the controller", phase="load_model")
         for command in self._control.inbox.take_all():
-            if isinstance(command, messages.AddRequest | messages.AbortRequest):
+            if isinstance(command, _OF_REQUESTS):
                 self._survive(command)
             else:
                 self._deferred.append(command)
         for hosted in list(self._hosted.values()):
-            if hosted.steps and len(hosted.ranks) == 1 and hosted.has_work:
+            if not hosted.steps or len(hosted.ranks) > 1:
+                continue
+            self._serving.hear(hosted)
+            if hosted.has_work:
                 assert hosted.engine is not None
                 with turns.aside(hosted.engine.config):
                     self._step_engine(hosted)
@@ -343,6 +371,8 @@ class RankLoop:
             self._fail(hosted.generation, error, clock.current)
             return
         self._listen(hosted)
+        if hosted.frontends is not None:
+            hosted.frontends.admit_held()
         clock.stop()
         self._control.send(
             messages.EngineResumed(
@@ -439,11 +469,14 @@ class RankLoop:
         """Give back what the rank holds of the engine; returns what went wrong."""
         self._hosted.pop(hosted.generation, None)
         self._stop_listening(hosted)
+        if hosted.frontends is not None:
+            hosted.frontends.close()
         for line in hosted.lines:
             line.close()
         engine, hosted.engine = hosted.engine, None
         hosted.world = None
-        hosted.leader = hosted.follower = hosted.requests = None
+        hosted.leader = hosted.follower = None
+        hosted.requests = hosted.frontends = None
         try:
             if engine is not None:
                 engine.release()
@@ -461,12 +494,12 @@ class RankLoop:
         return any(stepped)
 
     def _step_engine(self, hosted: Hosted) -> bool:
+        busy = self._serving.hear(hosted)
         if not hosted.steps and not hosted.awaits_stop:
-            return False
-        busy = False
+            return busy
         try:
             if hosted.steps:
-                busy = self._serving.step(hosted)
+                busy |= self._serving.step(hosted)
             self._check_stop(hosted)
         # A step runs the model's code and collectives: an error ends the engine.
         except Exception as error:
@@ -479,6 +512,13 @@ class RankLoop:
         return busy
 
     # ------------------------------------------------------------------- reports
+
+    def _count_requests(self, generation: int, count: int) -> None:
+        self._control.send(
+            messages.FrontendRequests(
+                rank=self._rank, generation=generation, num_requests=count
+            )
+        )
 
     def _phase(self, generation: int, phase: str) -> None:
         self._control.send(

@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass, field
 
 import zmq
+from vllm.v1.engine import FinishReason
 
 from vllm_resident import messages
 from vllm_resident.errors import CommandRejected, RankTimeout
 from vllm_resident.rank import lockstep
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.engine import Engine, PhaseClock, Prepared
+from vllm_resident.rank.frontends import Frontends
 from vllm_resident.rank.requests import Requests
 from vllm_resident.rank.world import World
 
@@ -43,6 +45,7 @@ class Hosted:
     leader: lockstep.Leader | None = None
     follower: lockstep.Follower | None = None
     requests: Requests | None = None
+    frontends: Frontends | None = None
     failed: bool = False
     close_deadline: float | None = None
     suspension: Suspension | None = None
@@ -114,9 +117,38 @@ class Serving:
             self._output(hosted, number, hosted.requests.abort(number), True)
 
     def end_requests(self, hosted: Hosted) -> None:
+        """Abort all that is left, of whomever it is."""
         if hosted.requests is not None:
             for number in hosted.requests.numbers:
                 self.end_request(hosted, number)
+        if hosted.frontends is not None:
+            hosted.frontends.end_requests(FinishReason.ABORT)
+
+    def connect(self, hosted: Hosted | None, command: messages.ConnectFrontend) -> None:
+        """Serve a frontend, or answer why not."""
+        error = None
+        try:
+            if hosted is None or hosted.frontends is None or hosted.failed:
+                raise CommandRejected("this rank leads no such engine")
+            hosted.frontends.connect(
+                command.frontend, command.input_address, command.output_address
+            )
+        except CommandRejected as refused:
+            error = refused.to_info()
+        self._control.send(
+            messages.FrontendConnected(
+                rank=self._rank,
+                generation=command.generation,
+                frontend=command.frontend,
+                error=error,
+            )
+        )
+
+    def hear(self, hosted: Hosted) -> bool:
+        """Take what an engine's frontends have sent; True if there was anything."""
+        if hosted.frontends is None or hosted.failed:
+            return False
+        return hosted.frontends.receive(hold=hosted.asleep)
 
     def step(self, hosted: Hosted) -> bool:
         """Let an engine do what it can: a leader one step, a follower what the next
@@ -157,6 +189,8 @@ class Serving:
         outputs = hosted.engine.step()
         for number, completions, done in hosted.requests.collect(outputs):
             self._output(hosted, number, completions, done)
+        if hosted.frontends is not None:
+            hosted.frontends.send_outputs()
 
     def _output(
         self,

@@ -1,0 +1,499 @@
+"""vLLM's OpenAI server over a real pool: every answer is the engine's own, whatever
+sleeps, wakes or goes away on the way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.pools import (
+    ENGINE_ARGS,
+    SAMPLING,
+    ranks_at_rest,
+    running_pool,
+    wait_until,
+)
+from vllm_resident import Client, PoolStatus
+
+START_S = 180.0
+PROMPT = "The capital of France is"
+# Long enough to be in the middle of.
+LONG: dict[str, Any] = {"max_tokens": 230, "temperature": 0}
+ENDLESS = {"ignore_eos": True}
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class HttpGateway:
+    """One gateway process; `url` is where it listens."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
+        self.process = process
+        self.url = url
+        self.http = httpx.Client(base_url=url, timeout=120.0)
+        self.openai = openai.OpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120.0
+        )
+
+    def complete(self, model: str, prompt: str = PROMPT, **more: Any) -> str:
+        """The text of a completion by the official client."""
+        answer = self.openai.completions.create(
+            model=model, prompt=prompt, **{**SAMPLING, **more}
+        )
+        return answer.choices[0].text
+
+    def stream(self, model: str, **more: Any) -> Any:
+        """A long stream's chunks, that does not end by itself for a while."""
+        arguments: dict[str, Any] = {**LONG, **more}
+        return self.openai.completions.create(
+            model=model, prompt=PROMPT, stream=True, extra_body=ENDLESS, **arguments
+        )
+
+
+@contextmanager
+def running_gateway(
+    pool: Client, folder: Path, log: Path, *options: str, **environment: str
+) -> Iterator[HttpGateway]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm_resident.gateway", *options]
+    command += ["--pool", pool.status().pool, "--controller", pool.endpoint]
+    command += ["--http", f"127.0.0.1:{port}"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "VLLM_RESIDENT_DIR": str(folder), **environment},
+        )
+    gateway = HttpGateway(process, url)
+    try:
+        wait_listening(gateway, log)
+        yield gateway
+    finally:
+        gateway.http.close()
+        gateway.openai.close()
+        process.kill()
+        process.wait()
+
+
+def wait_listening(gateway: HttpGateway, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert gateway.process.poll() is None, log.read_text()[-3000:]
+        try:
+            if gateway.http.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise AssertionError(f"it does not listen:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def models(
+    shared_pool: Client, checkpoints: dict[str, str], smollm2: str
+) -> Iterator[Client]:
+    """A pool with "chat" awake on rank 0, and asleep on its ranks "tiny" and "wide"."""
+    shared_pool.apply([])
+    shared_pool.load(
+        "tiny", checkpoints["llama"], ranks=[0], asleep=True, **ENGINE_ARGS
+    )
+    shared_pool.load(
+        "wide",
+        checkpoints["qwen3"],
+        ranks=[0, 1],
+        asleep=True,
+        tensor_parallel_size=2,
+        **ENGINE_ARGS,
+    )
+    shared_pool.load("chat", smollm2, ranks=[0], **ENGINE_ARGS)
+    yield shared_pool
+    shared_pool.apply([])
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    models: Client, pool_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HttpGateway]:
+    log = tmp_path_factory.mktemp("gateway") / "gateway.log"
+    with running_gateway(models, pool_folder, log) as gateway:
+        yield gateway
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(30) == 0, log.read_text()[-3000:]
+        assert not list((pool_folder / "e2e").glob("http-*"))
+        assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture
+def chat(models: Client, gateway: HttpGateway) -> str:
+    models.wake_up("chat")
+    return "chat"
+
+
+def phases(pool: Client) -> dict[str, str]:
+    return {engine.name: engine.phase for engine in pool.status().engines}
+
+
+def num_requests(status: PoolStatus, name: str) -> int:
+    return next(e for e in status.engines if e.name == name).num_requests
+
+
+# ------------------------------------------------------------ answers
+
+
+def test_completions_are_the_engines_own(
+    gateway: HttpGateway, models: Client, chat: str
+) -> None:
+    own = models.generate(chat, PROMPT, SAMPLING)[0]
+    assert gateway.complete(chat) == own.text
+    assert own.text.startswith(" Paris")
+
+
+def test_a_chat_answers(gateway: HttpGateway, chat: str) -> None:
+    answer = gateway.openai.chat.completions.create(
+        model=chat,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        max_tokens=16,
+    )
+    assert answer.model == chat
+    assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_a_stream_adds_up(gateway: HttpGateway, chat: str) -> None:
+    messages: Any = [{"role": "user", "content": "Say something about Paris."}]
+    arguments: dict[str, Any] = {"model": chat, "messages": messages, **SAMPLING}
+    whole = gateway.openai.chat.completions.create(**arguments)
+    pieces = list(gateway.openai.chat.completions.create(stream=True, **arguments))
+    texts = [p.choices[0].delta.content or "" for p in pieces]
+    assert sum(map(bool, texts)) > 3
+    assert "".join(texts) == whole.choices[0].message.content
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_grammars_logprobs_and_several_sequences(
+    gateway: HttpGateway, chat: str
+) -> None:
+    answer = gateway.openai.completions.create(
+        model=chat,
+        prompt=PROMPT,
+        n=2,
+        logprobs=2,
+        max_tokens=8,
+        seed=3,
+        extra_body={"structured_outputs": {"choice": [" Berlin", " Rome"]}},
+    )
+    assert len(answer.choices) == 2
+    assert all(c.text in (" Berlin", " Rome") for c in answer.choices)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs
+
+
+def test_two_ranks_answer_as_through_the_pool(
+    gateway: HttpGateway, models: Client
+) -> None:
+    """TP=2, woken by the first request; followers see every request in lockstep."""
+    text = gateway.complete("wide", "hello world")
+    assert phases(models)["wide"] == "ready"
+    assert text == models.generate("wide", "hello world", SAMPLING)[0].text
+    texts = [gateway.complete("wide", f"fox {n}", temperature=1.0) for n in range(4)]
+    assert len(texts) == 4
+    assert phases(models)["wide"] == "ready"  # nobody diverged
+
+
+# ------------------------------------------------------------ on demand
+
+
+def test_models_wake_when_they_are_called(
+    gateway: HttpGateway, models: Client, chat: str
+) -> None:
+    wanted = gateway.complete(chat)
+    tiny = gateway.complete("tiny", "hello world")
+    assert phases(models)["tiny"] == "ready"
+    assert phases(models)["chat"] == "asleep"
+    assert gateway.complete(chat) == wanted
+    assert gateway.complete("tiny", "hello world") == tiny
+    assert tiny == models.generate("tiny", "hello world", SAMPLING)[0].text
+
+
+def test_two_called_at_once_take_turns(
+    gateway: HttpGateway, models: Client, chat: str
+) -> None:
+    """On one rank, in one moment: each caller gets its own model's answer."""
+    wanted = {name: gateway.complete(name) for name in (chat, "tiny")}
+    wrong: list[str] = []
+
+    def caller(name: str) -> None:
+        answers = [gateway.complete(name) for _ in range(3)]
+        wrong.extend(text for text in answers if text != wanted[name])
+
+    callers = [
+        threading.Thread(target=caller, args=(name,))
+        for name in (chat, "tiny")
+        for _ in range(3)
+    ]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join(120)
+    assert not any(each.is_alive() for each in callers)
+    assert wrong == []
+
+
+def test_models_are_listed(gateway: HttpGateway, chat: str) -> None:
+    assert sorted(m.id for m in gateway.openai.models.list()) == [
+        "chat",
+        "tiny",
+        "wide",
+    ]
+    assert gateway.openai.models.retrieve(chat).id == chat
+    cards = gateway.http.get("/v1/models").json()["data"]
+    assert {card["id"]: card["state"] for card in cards}[chat] == "ready"
+
+
+# ------------------------------------------------------------ what goes wrong
+
+
+def test_an_unknown_model_is_404(gateway: HttpGateway) -> None:
+    with pytest.raises(openai.NotFoundError, match="'chat', 'tiny', 'wide'"):
+        gateway.complete("nobody")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{nope", 400),
+        (b"[]", 400),
+        (b'{"prompt": "x"}', 400),  # of several models, which?
+        (b'{"model": "chat", "prompt": "x", "max_tokens": -1}', 400),
+        (b'{"model": "chat", "prompt": {"no": "text"}}', 400),
+    ],
+)
+def test_a_bad_request_is_answered(
+    gateway: HttpGateway, chat: str, body: bytes, status: int
+) -> None:
+    answer = gateway.http.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+    assert gateway.complete(chat)
+
+
+@pytest.mark.parametrize("model", ["chat", "wide"])
+def test_leaving_a_stream_aborts_its_request(
+    gateway: HttpGateway, models: Client, model: str
+) -> None:
+    body = {"model": model, "prompt": PROMPT, "stream": True, **LONG, **ENDLESS}
+    with gateway.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        wait_until(models, lambda s: num_requests(s, model) == 1, 5, "the count")
+    wait_until(models, lambda s: num_requests(s, model) == 0, 5, "the abort")
+    assert gateway.complete(model)
+
+
+def test_falling_asleep_ends_a_stream(
+    gateway: HttpGateway, models: Client, chat: str
+) -> None:
+    stream = gateway.stream(chat)
+    pieces = [next(stream)]
+    models.sleep(chat, drain_s=0.0)
+    pieces += list(stream)
+    assert pieces[-1].choices[0].finish_reason == "abort"
+    time.sleep(2.5)
+    assert phases(models)[chat] == "asleep"  # nobody woke it for what was aborted
+
+
+def test_draining_lets_a_stream_finish_and_later_ones_wait(
+    gateway: HttpGateway, models: Client, chat: str
+) -> None:
+    stream = gateway.stream(chat, max_tokens=60)
+    pieces = [next(stream)]
+    sleeping = threading.Thread(target=models.sleep, args=(chat,))
+    sleeping.start()
+    wait_until(
+        models,
+        lambda s: {e.name: e.phase for e in s.engines}[chat] == "draining",
+        5,
+        "the draining",
+    )
+    late = threading.Thread(target=gateway.complete, args=(chat,))
+    late.start()
+    pieces += list(stream)
+    assert pieces[-1].choices[0].finish_reason == "length"
+    sleeping.join(60)
+    late.join(60)  # the gateway has woken it again
+    assert not late.is_alive()
+    assert phases(models)[chat] == "ready"
+
+
+def test_an_engine_loaded_anew_is_served_anew(
+    gateway: HttpGateway, models: Client, checkpoints: dict[str, str]
+) -> None:
+    text = gateway.complete("tiny", "hello world")
+    models.unload("tiny")
+    with pytest.raises(openai.NotFoundError):
+        gateway.complete("tiny")
+    models.load("tiny", checkpoints["llama"], ranks=[0], asleep=True, **ENGINE_ARGS)
+    assert gateway.complete("tiny", "hello world") == text
+
+
+# ------------------------------------------------------------ beside inference
+
+
+def test_the_pools_routes_are_the_clients(
+    gateway: HttpGateway, models: Client, chat: str
+) -> None:
+    status = gateway.http.get("/pool").json()
+    assert {e["name"] for e in status["engines"]} == {"chat", "tiny", "wide"}
+    report = gateway.http.post("/pool/sleep", json={"name": chat}).json()
+    assert report["action"] == "sleep"
+    assert phases(models)[chat] == "asleep"
+    with gateway.http.stream("GET", "/pool/events") as events:
+        lines = events.iter_lines()
+        assert next(lines) == "event: status"
+        assert json.loads(next(lines).removeprefix("data: "))["pool"] == "e2e"
+        report = gateway.http.post("/pool/wake_up", json={"name": chat}).json()
+        assert report["engines"][0]["name"] == chat
+        assert "event: switch" in itertools.islice(lines, 20)
+    refused = gateway.http.post("/pool/sleep", json={"name": "nobody"})
+    assert refused.status_code == 409
+    assert refused.json()["error"]["kind"] == "CommandRejected"
+
+
+def test_metrics_are_of_all_models(gateway: HttpGateway, chat: str) -> None:
+    gateway.complete(chat)
+    gateway.complete("tiny")
+    page = gateway.http.get("/metrics").text
+    for name in (chat, "tiny"):
+        counted = f'vllm:generation_tokens_total{{engine="0",model_name="{name}"}}'
+        (line,) = [each for each in page.splitlines() if each.startswith(counted)]
+        assert float(line.split()[-1]) > 0
+    assert page.count("# TYPE vllm:generation_tokens_total counter") <= 1
+
+
+def test_a_killed_gateway_leaves_nothing_running(
+    models: Client, pool_folder: Path, tmp_path: Path
+) -> None:
+    """Its requests are aborted on both ranks, and its sockets closed, within seconds;
+    with a key, which its callers need."""
+    before = ranks_at_rest(models)
+    environment = {"VLLM_API_KEY": "secret"}
+    log = tmp_path / "gateway.log"
+    with running_gateway(models, pool_folder, log, **environment) as gateway:
+        with pytest.raises(openai.AuthenticationError):
+            gateway.complete("wide")
+        client = gateway.openai.with_options(api_key="secret")
+        stream = client.completions.create(
+            model="wide", prompt=PROMPT, stream=True, extra_body=ENDLESS, **LONG
+        )
+        next(iter(stream))
+        wait_until(models, lambda s: num_requests(s, "wide") == 1, 5, "the count")
+        gateway.process.kill()
+        wait_until(models, lambda s: num_requests(s, "wide") == 0, 10, "the abort")
+    assert models.generate("wide", "hello", SAMPLING)
+    after = ranks_at_rest(models)
+    for old, new in zip(before, after, strict=True):
+        assert new.pid == old.pid
+        assert new.num_sockets <= old.num_sockets
+
+
+def test_a_lost_rank_fails_its_streams_and_serves_again(
+    tmp_path: Path, checkpoints: dict[str, str]
+) -> None:
+    """Nobody waits for an engine whose process is dead; torchrun brings it back."""
+    with (
+        short_folder() as folder,
+        running_pool("lost", folder, num_ranks=1, max_restarts=1) as pool,
+        running_gateway(pool, folder, tmp_path / "gateway.log") as gateway,
+    ):
+        pool.load("tiny", checkpoints["llama"], **ENGINE_ARGS)
+        text = gateway.complete("tiny", "hello world")
+        body = {"model": "tiny", "prompt": ["hi"] * 32, "stream": True, **LONG}
+        began = time.monotonic()
+        with gateway.http.stream("POST", "/v1/completions", json=body | ENDLESS) as got:
+            lines = got.iter_lines()
+            next(lines)
+            os.kill(pool.status().ranks[0].pid, signal.SIGKILL)
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert "error" in json.loads(rest[-2].removeprefix("data: "))
+        assert rest[-1] == "data: [DONE]"
+        assert time.monotonic() - began < 15
+        # The next one waits until the rank is back and its engine restored.
+        assert gateway.complete("tiny", "hello world") == text
+
+
+def test_up_http_serves_declared_models_and_ends_with_the_pool(
+    tmp_path: Path, checkpoints: dict[str, str]
+) -> None:
+    config = tmp_path / "pool.toml"
+    arguments = {key: json.dumps(value) for key, value in ENGINE_ARGS.items()}
+    lines = [f"model = {json.dumps(checkpoints['llama'])}"]
+    lines += [f"{key} = {value}" for key, value in arguments.items()]
+    config.write_text("[models.tiny]\n" + "\n".join(lines))
+    with short_folder() as folder:
+        environment = {**os.environ, "VLLM_RESIDENT_DIR": str(folder)}
+
+        def run(*words: str) -> Any:
+            done = subprocess.run(
+                [sys.executable, "-m", "vllm_resident.cli", *words, "--json"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=START_S,
+                check=True,
+            )
+            return json.loads(done.stdout)
+
+        port = free_port()
+        options = ["--config", str(config), "--http", f":{port}"]
+        started = run("up", "--detach", "--nproc-per-node", "1", *options)
+        try:
+            assert started["http"] == f"http://127.0.0.1:{port}/v1"
+            answer = httpx.post(
+                f"{started['http']}/completions",
+                json={"model": "tiny", "prompt": "hello", "max_tokens": 4},
+                timeout=120.0,
+            )
+            assert answer.status_code == 200, answer.text
+        finally:
+            run("shutdown")
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) != 0:
+                    break
+            time.sleep(0.2)
+        else:
+            raise AssertionError("the gateway outlives its pool")
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """Unix socket paths hold 107 bytes: pytest's own folders are too deep."""
+    with tempfile.TemporaryDirectory(prefix="vr-") as folder:
+        yield Path(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

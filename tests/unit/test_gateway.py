@@ -1,0 +1,597 @@
+"""The gateway's own half, without vLLM: who is asked, what is refused, in what form."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_resident import (
+    CommandRejected,
+    EngineSpec,
+    EngineStatus,
+    PoolStatus,
+    PoolUnreachable,
+    ProtocolError,
+    RankLost,
+    SwitchReport,
+)
+from vllm_resident.gateway import asgi, problems, residents
+from vllm_resident.gateway.app import Gateway
+from vllm_resident.gateway.asgi import Keys
+from vllm_resident.gateway.pool_routes import PoolRoutes
+from vllm_resident.gateway.problems import Problem
+from vllm_resident.gateway.residents import Residents
+from vllm_resident.messages import FrontendAttached, Progress
+from vllm_resident.transport import is_loopback, parse_http_address
+
+REPORT = SwitchReport("wake_up", 0.1, {}, [])
+
+
+class FakePool:
+    """A client, its attachments and what builds frontends, over engines in a table.
+
+    `rejections` are raised by the next commands, in order.
+    """
+
+    endpoint = "ipc:///nowhere"
+
+    def __init__(self, **phases: str) -> None:
+        self.phases = phases
+        self.models: list[str] = []
+        self.ranks = {name: [0] for name in phases}
+        self.calls: list[tuple[Any, ...]] = []
+        self.rejections: list[Exception] = []
+        self.error: Exception | None = None
+        self.watchers: dict[str, Any] = {}
+        self.built: list[FakeFrontend] = []
+        self.generation = 1
+
+    async def status(self) -> PoolStatus:
+        if self.error is not None:
+            raise self.error
+        engines = [
+            EngineStatus(
+                name, f"/m/{name}", phase, self.generation, self.ranks[name], {}, 0
+            )
+            for name, phase in self.phases.items()
+        ]
+        return PoolStatus("p", "ready", 1, 1, 1.0, [], engines, models=self.models)
+
+    async def wake_up(self, name: str, **options: Any) -> SwitchReport:
+        self.calls.append(("wake_up", name, options))
+        await self._command()
+        for other in self.phases:
+            if self.phases[other] == "ready" and self.ranks[other] == self.ranks[name]:
+                self.turn(other, "asleep")
+        self.turn(name, "ready")
+        return REPORT
+
+    async def load(self, name: str, model: str = "", **options: Any) -> SwitchReport:
+        self.calls.append(("load", name, options))
+        await self._command()
+        self.phases[name] = "asleep" if options.get("asleep") else "ready"
+        self.ranks[name] = [0]
+        return REPORT
+
+    async def sleep(self, **options: Any) -> SwitchReport:
+        self.calls.append(("sleep", options))
+        await self._command()
+        return REPORT
+
+    async def _command(self) -> None:
+        await asyncio.sleep(0.01)
+        if self.rejections:
+            raise self.rejections.pop(0)
+
+    def turn(self, name: str, phase: str) -> None:
+        self.phases[name] = phase
+        if name in self.watchers:
+            self.watchers[name](
+                Progress(call=1, engine=name, phase=phase, elapsed_s=0.0)
+            )
+
+    async def attach(
+        self, engine: str, into: str, out: str, on_progress: Any
+    ) -> AsyncIterator[Any]:
+        assert into != out
+        self.watchers[engine] = on_progress
+        try:
+            yield FrontendAttached(
+                call=1,
+                generation=self.generation,
+                spec=EngineSpec(engine, "/m"),
+                phase=self.phases[engine],
+            )
+            await asyncio.Event().wait()
+        finally:
+            del self.watchers[engine]
+
+    def build(self, spec: EngineSpec, into: str, out: str) -> FakeFrontend:
+        self.built.append(FakeFrontend(spec.name))
+        return self.built[-1]
+
+
+class FakeFrontend:
+    """Answers each request with its model's name and the body it got."""
+
+    num_unfinished = 0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_closed = False
+        self.hold: asyncio.Event | None = None
+
+    async def open(self) -> None:
+        pass
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        if self.hold is not None:
+            await self.hold.wait()
+        body = json.loads(message["body"])
+        await asgi.answer(send, 200, {"by": self.name, "body": body})
+
+    def fail(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    pool: FakePool, folder: Path, *, keys: tuple[str, ...] = (), operator: Any = None
+) -> AsyncIterator[Gateway]:
+    there = Residents(pool, pool, pool.build, folder)  # type: ignore[arg-type]
+    routes = PoolRoutes(pool, Keys(operator or ()), is_open=operator is None)  # type: ignore[arg-type]
+    there.start()
+    try:
+        yield Gateway(pool, there, routes, Keys(keys))  # type: ignore[arg-type]
+    finally:
+        await there.close()
+
+
+async def call(
+    app: Any,
+    method: str = "POST",
+    path: str = "/v1/chat/completions",
+    body: bytes | dict[str, Any] = b"",
+    **headers: str,
+) -> tuple[int, Any, dict[str, str]]:
+    """Status, JSON document and headers of one request."""
+    content = json.dumps(body).encode() if isinstance(body, dict) else body
+    fields = {"host": "127.0.0.1:8000", "content-type": "application/json", **headers}
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "headers": [(k.encode(), v.encode()) for k, v in fields.items()],
+    }
+    sent: list[Any] = []
+    given = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> Any:
+        if given:
+            return given.pop()
+        return await asyncio.get_running_loop().create_future()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await asyncio.wait_for(app(scope, receive, send), 10)
+    answered = b"".join(m.get("body", b"") for m in sent[1:])
+    names = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    return sent[0]["status"], json.loads(answered) if answered else None, names
+
+
+# ------------------------------------------------------------ the parts
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        (b'{"model": "a", "stream": true}', "a"),
+        (b'{"messages": [{"model": "inner"}], "model": "b"}', "b"),
+        (b"{}", None),
+        (b'{"model": null}', None),
+    ],
+)
+def test_the_model_is_read_from_the_body(body: bytes, model: str | None) -> None:
+    assert asgi.model_named(body) == model
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b'{"model": 7}',
+        b'{"model": ["a"]}',
+        b"\xff\xfe",
+        b"nope",
+    ],
+)
+def test_a_body_that_names_no_model_is_the_callers_fault(body: bytes) -> None:
+    with pytest.raises(Problem) as caught:
+        asgi.model_named(body)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (CommandRejected("no"), 409),
+        (ProtocolError("no"), 400),
+        (PoolUnreachable("no"), 503),
+        (RankLost("no", rank=1, generation=2, phase="step"), 500),
+    ],
+)
+def test_errors_of_commands_have_their_status(error: Any, status: int) -> None:
+    problem = problems.of_command(error)
+    assert problem.status == status
+    told = problem.body()["error"]
+    assert told["kind"] == type(error).__name__
+    assert told["message"] == "no"
+    if status == 500:
+        assert (told["rank"], told["generation"], told["phase"]) == (1, 2, "step")
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:8000", ("127.0.0.1", 8000)),
+        (":80", ("127.0.0.1", 80)),
+        ("[::1]:8000", ("::1", 8000)),
+        ("here.example:1", ("here.example", 1)),
+    ],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert parse_http_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["8000", "a:b", "a:70000", "::1:80", "", "a b:1"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(CommandRejected, match="HOST:PORT"):
+        parse_http_address(text)
+
+
+def test_loopback_is_told_from_the_rest() -> None:
+    assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost"]))
+    assert not any(
+        map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", ""])
+    )
+
+
+def test_it_needs_no_vllm() -> None:
+    code = """if True:
+        import sys
+        import vllm_resident.gateway.__main__, vllm_resident.gateway.app
+        print(sorted({"torch", "vllm", "transformers"} & set(sys.modules)))
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        timeout=60,
+    )  # fmt: skip
+    assert out.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------ whose it is
+
+
+async def test_requests_go_to_the_model_they_name(tmp_path: Path) -> None:
+    pool = FakePool(a="ready", b="ready")
+    pool.ranks["b"] = [1]
+    async with serving(pool, tmp_path) as app:
+        for name in ("a", "b", "a"):
+            body = {"model": name, "n": 1}
+            status, answer, _ = await call(app, body=body)
+            assert (status, answer) == (200, {"by": name, "body": body})
+        assert [f.name for f in pool.built] == ["a", "b"]  # once each
+        assert pool.calls == []
+    assert all(f.is_closed for f in pool.built)
+    assert not pool.watchers
+
+
+async def test_a_sleeper_is_woken_once_for_all_who_wait(tmp_path: Path) -> None:
+    pool = FakePool(a="asleep")
+    async with serving(pool, tmp_path) as app:
+        answers = await asyncio.gather(
+            *[call(app, body={"model": "a"}) for _ in range(20)]
+        )
+        assert {status for status, _, _ in answers} == {200}
+        assert [c[:2] for c in pool.calls] == [("wake_up", "a")]
+        assert len(pool.built) == 1
+
+
+async def test_two_that_share_a_rank_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither starves, and each serves what waits before the other is woken."""
+    monkeypatch.setattr(residents, "MIN_RESIDENCY_S", 0.2)
+    monkeypatch.setattr(residents, "POLL_S", 0.01)
+    pool = FakePool(a="asleep", b="asleep")
+    async with serving(pool, tmp_path) as app:
+
+        async def caller(name: str) -> None:
+            for _ in range(5):
+                status, answer, _ = await call(app, body={"model": name})
+                assert (status, answer["by"]) == (200, name)
+
+        await asyncio.gather(*[caller(n) for n in ("a", "b") for _ in range(4)])
+        assert len(pool.calls) <= 12
+        assert len(pool.built) == 2
+
+
+async def test_declared_models_are_loaded(tmp_path: Path) -> None:
+    pool = FakePool()
+    pool.models = ["a"]
+    async with serving(pool, tmp_path) as app:
+        assert (await call(app, body={"model": "a"}))[0] == 200
+        assert pool.calls == [("load", "a", {})]
+
+
+async def test_a_declared_model_with_no_free_rank_is_built_beside(
+    tmp_path: Path,
+) -> None:
+    pool = FakePool(b="ready")
+    pool.models = ["a"]
+    pool.rejections = [CommandRejected("rank 0 is taken by engine 'b'")]
+    async with serving(pool, tmp_path) as app:
+        assert (await call(app, body={"model": "a"}))[0] == 200
+        made = [(kind, options.get("asleep")) for kind, _, options in pool.calls]
+        assert made == [("load", None), ("load", True), ("wake_up", None)]
+        assert pool.phases == {"a": "ready", "b": "asleep"}
+
+
+async def test_an_unknown_model_is_404_and_says_what_there_is(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    pool.models = ["declared"]
+    async with serving(pool, tmp_path) as app:
+        for _ in range(3):
+            status, answer, _ = await call(app, body={"model": "nobody"})
+            assert status == 404
+            assert "['a', 'declared']" in answer["error"]["message"]
+            assert answer["error"]["code"] == 404
+        assert pool.calls == []
+
+
+async def test_what_cannot_be_brought_up_is_503_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "POLL_S", 0.01)
+    pool = FakePool(a="asleep")
+    pool.rejections = [CommandRejected("engine 'b' is pinned") for _ in range(9)]
+    async with serving(pool, tmp_path) as app:
+        status, answer, headers = await call(app, body={"model": "a"})
+        assert status == 503
+        assert "pinned" in answer["error"]["message"]
+        assert int(headers["retry-after"]) > 0
+        pool.rejections = []
+        assert (await call(app, body={"model": "a"}))[0] == 200  # not for ever
+
+
+async def test_a_command_in_the_way_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "POLL_S", 0.01)
+    pool = FakePool(a="draining")
+    async with serving(pool, tmp_path) as app:
+        request = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.1)
+        assert not request.done()
+        pool.turn("a", "asleep")
+        assert (await request)[0] == 200
+
+
+async def test_who_leaves_does_not_wait_on(tmp_path: Path) -> None:
+    pool = FakePool(a="building")
+    async with serving(pool, tmp_path) as app:
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "headers": [(b"host", b"127.0.0.1")],
+        }
+        given: list[Any] = [
+            {"type": "http.request", "body": b'{"model": "a"}', "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Any:
+            return given.pop(0)
+
+        async def send(message: Any) -> None:
+            raise AssertionError("there is nobody to send to")
+
+        await asyncio.wait_for(app(scope, receive, send), 5)
+        assert app._residents.counts() == {"a": (0, 0)}  # still being brought up
+
+
+async def test_a_model_that_is_not_up_in_time_is_503(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "MAX_WAIT_S", 0.2)
+    async with serving(FakePool(a="building"), tmp_path) as app:
+        status, answer, _ = await call(app, body={"model": "a"})
+        assert status == 503
+        assert "not up within" in answer["error"]["message"]
+
+
+async def test_an_engine_built_anew_gets_a_new_frontend(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.generation = 2
+        pool.turn("a", "asleep")
+        await call(app, body={"model": "a"})
+        assert [f.is_closed for f in pool.built] == [True, False]
+
+
+async def test_the_frontend_unused_longest_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "MAX_FRONTENDS", 2)
+    pool = FakePool(a="ready", b="ready", c="ready")
+    async with serving(pool, tmp_path) as app:
+        for name in ("a", "b", "a", "c"):
+            assert (await call(app, body={"model": name}))[0] == 200
+        closed = {f.name: f.is_closed for f in pool.built}
+        assert closed == {"a": False, "b": True, "c": False}
+
+
+async def test_an_engine_that_fell_asleep_under_late_requests_is_woken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "WATCH_S", 0.02)
+    monkeypatch.setattr(residents, "OVERDUE_S", 0.05)
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.turn("a", "asleep")
+        await asyncio.sleep(0.2)
+        assert pool.calls == []  # nobody wants it
+        pool.built[0].num_unfinished = 1
+        await asyncio.sleep(0.3)
+        assert [c[:2] for c in pool.calls] == [("wake_up", "a")]
+
+
+async def test_an_unreachable_pool_is_503(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    pool.error = PoolUnreachable("nobody there")
+    async with serving(pool, tmp_path) as app:
+        for method, path in (
+            ("POST", "/v1/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/health"),
+        ):
+            status, answer, _ = await call(app, method, path, {"model": "a"})
+            assert status == 503
+            assert "nobody there" in answer["error"]["message"]
+
+
+# ------------------------------------------------------------ what is refused
+
+
+async def test_too_large_a_body_is_413(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asgi, "MAX_BODY_BYTES", 1000)
+    async with serving(FakePool(a="ready"), tmp_path) as app:
+        body = {"model": "a", "prompt": "x" * 1000}
+        status, _, headers = await call(app, body=body)
+        assert (status, headers["connection"]) == (413, "close")
+        status, _, _ = await call(app, body=b"", **{"content-length": "99999"})
+        assert status == 413
+
+
+async def test_keys_open_inference_and_nothing_else_needs_them(tmp_path: Path) -> None:
+    async with serving(FakePool(a="ready"), tmp_path, keys=("k1", "k2")) as app:
+        body = {"model": "a"}
+        assert (await call(app, body=body))[0] == 401
+        for wrong in ("Bearer k3", "Bearer ", "Basic k1", "k1"):
+            assert (await call(app, body=body, authorization=wrong))[0] == 401
+        for key in ("k1", "k2"):
+            answer = await call(app, body=body, authorization=f"Bearer {key}")
+            assert answer[0] == 200
+        assert (await call(app, "GET", "/v1/models"))[0] == 401
+        assert (await call(app, "GET", "/health"))[0] == 200
+
+
+async def test_models_are_listed_with_their_state(tmp_path: Path) -> None:
+    pool = FakePool(a="ready", b="asleep")
+    pool.models = ["b", "c"]
+    async with serving(pool, tmp_path) as app:
+        status, answer, _ = await call(app, "GET", "/v1/models")
+        assert status == 200
+        states = {card["id"]: card["state"] for card in answer["data"]}
+        assert states == {"a": "ready", "b": "asleep", "c": "declared"}
+        assert (await call(app, "GET", "/v1/models/b"))[1]["state"] == "asleep"
+        assert (await call(app, "GET", "/v1/models/x"))[0] == 404
+
+
+# ------------------------------------------------------------ the pool's routes
+
+
+async def test_commands_are_the_clients(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        status, answer, _ = await call(
+            app, path="/pool/sleep", body={"name": "a", "level": 2, "drain_s": 0}
+        )
+        assert (status, answer["action"]) == (200, "wake_up")
+        assert pool.calls == [("sleep", {"name": "a", "level": 2, "drain_s": 0.0})]
+        status, answer, _ = await call(app, "GET", "/pool")
+        assert answer["engines"][0]["name"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/pool/sleep", {"name": "a", "levle": 2}, 400),
+        ("/pool/sleep", {}, 400),
+        ("/pool/sleep", b"nope", 400),
+        ("/pool/dance", {}, 404),
+        ("/pool/load", {"name": "a", "engine_args": {"timeout_s": 1}}, 400),
+        ("/pool", {}, 405),
+    ],
+)
+async def test_what_is_no_command_is_told(
+    tmp_path: Path, path: str, body: Any, status: int
+) -> None:
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        assert (await call(app, path=path, body=body))[0] == status
+        assert pool.calls == []
+
+
+async def test_a_rejected_command_says_why(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    pool.rejections = [CommandRejected("it is pinned")]
+    async with serving(pool, tmp_path) as app:
+        status, answer, _ = await call(app, path="/pool/sleep", body={"name": "a"})
+        assert (status, answer["error"]["kind"]) == (409, "CommandRejected")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example:8000"},
+        {"origin": "http://evil.example"},
+        {"content-type": "text/plain"},
+    ],
+)
+async def test_a_web_page_cannot_command_the_pool(
+    tmp_path: Path, headers: dict[str, str]
+) -> None:
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        answer = await call(app, path="/pool/sleep", body={"name": "a"}, **headers)
+        assert answer[0] in (403, 415)
+        assert pool.calls == []
+
+
+async def test_an_operator_key_opens_the_pools_routes(tmp_path: Path) -> None:
+    async with serving(FakePool(a="ready"), tmp_path, operator=["op"]) as app:
+        assert (await call(app, "GET", "/pool"))[0] == 401
+        answer = await call(
+            app, "GET", "/pool", host="pool.example", authorization="Bearer op"
+        )
+        assert answer[0] == 200
+
+
+async def test_beyond_loopback_they_are_off_without_one(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    routes = PoolRoutes(pool, Keys(()), is_open=False)  # type: ignore[arg-type]
+    there = Residents(pool, pool, pool.build, tmp_path)  # type: ignore[arg-type]
+    app = Gateway(pool, there, routes, Keys(("k",)))  # type: ignore[arg-type]
+    assert (await call(app, "GET", "/pool", authorization="Bearer k"))[0] == 403

@@ -1,0 +1,164 @@
+"""The gateway's ASGI app: which request goes where.
+
+Inference goes to the app of the model it names, vLLM's own; what is asked of all models
+together is answered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from vllm_resident.client import AsyncClient
+from vllm_resident.errors import ResidentError
+from vllm_resident.gateway import asgi, metrics, problems
+from vllm_resident.gateway.asgi import Disconnected, Keys, Receive, Scope, Send
+from vllm_resident.gateway.pool_routes import PoolRoutes
+from vllm_resident.gateway.problems import Problem
+from vllm_resident.gateway.residents import Residents, known_models
+from vllm_resident.messages import EngineStatus, PoolStatus
+
+log = logging.getLogger("vllm_resident.gateway")
+
+# Open to everybody, as in vLLM's server: nothing of a request or an answer shows here.
+_OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
+
+
+class Gateway:
+    """One ASGI app for all models of a pool. `keys` open inference."""
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        residents: Residents,
+        pool_routes: PoolRoutes,
+        keys: Keys,
+    ) -> None:
+        self._client = client
+        self._residents = residents
+        self._pool_routes = pool_routes
+        self._keys = keys
+        self._created = int(time.time())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        has_begun = False
+
+        async def send_on(message: Any) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._route(scope, receive, send_on)
+        except Disconnected:
+            pass
+        except Problem as problem:
+            await asgi.answer(send, problem.status, problem.body(), problem.headers)
+        # The one broad except of this process.
+        except Exception as error:
+            log.exception("event=request_failed path=%s", scope["path"])
+            if not has_begun:
+                text = f"the gateway failed at this request: {type(error).__name__}"
+                await asgi.answer(send, 500, Problem(500, text).body())
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        if path == "/pool" or path.startswith("/pool/"):
+            await self._pool_routes(scope, receive, send)
+            return
+        if path not in _OPEN_PATHS:
+            self._keys.check(scope)
+        if path in ("/health", "/ping"):
+            await self._health(send)
+        elif path == "/metrics":
+            page, content_type = metrics.page(self._residents.counts)
+            await asgi.answer_bytes(send, 200, page, content_type)
+        elif path == "/v1/models" and method == "GET":
+            status = await self._status()
+            cards = [self._card(status, name) for name in known_models(status)]
+            await asgi.answer(send, 200, {"object": "list", "data": cards})
+        elif path.startswith("/v1/models/") and method == "GET":
+            await self._one_model(path.removeprefix("/v1/models/"), send)
+        elif method == "POST":
+            await self._infer(scope, receive, send)
+        else:
+            raise Problem(404, f"no route {method} {path}")
+
+    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await asgi.read_body(scope, receive)
+        kind = asgi.header(scope, b"content-type").partition(";")[0].strip().lower()
+        if kind.startswith("multipart/"):
+            raise Problem(
+                415, "the model is read from a JSON body: forms are not served"
+            )
+        name = asgi.model_named(body) or await self._only_model()
+        gone = asyncio.ensure_future(asgi.gone(receive))
+        try:
+            async with self._residents.serving(name, gone) as app:
+                # From here on the app listens for it.
+                gone.cancel()
+                await asyncio.wait({gone})
+                if not gone.cancelled():
+                    raise Disconnected
+                await app(scope, asgi.replayed(body, receive), send)
+        finally:
+            gone.cancel()
+
+    async def _only_model(self) -> str:
+        """What is meant by a request that names none: there is but one."""
+        known = known_models(await self._status())
+        if len(known) != 1:
+            raise Problem(400, f"name a model: there are {known}", param="model")
+        return known[0]
+
+    async def _health(self, send: Send) -> None:
+        """Whether requests may come: the pool answers and has ranks."""
+        status = await self._status()
+        if status.phase not in ("ready", "degraded"):
+            raise problems.unavailable(f"the pool is {status.phase}")
+        await asgi.answer(send, 200, {"pool": status.pool, "phase": status.phase})
+
+    async def _one_model(self, name: str, send: Send) -> None:
+        status = await self._status()
+        if name not in known_models(status):
+            raise problems.unknown_model(name, known_models(status))
+        await asgi.answer(send, 200, self._card(status, name))
+
+    async def _status(self) -> PoolStatus:
+        try:
+            return await self._client.status()
+        except ResidentError as error:
+            raise problems.unavailable(error.message) from error
+
+    def _card(self, status: PoolStatus, name: str) -> dict[str, Any]:
+        """A model as OpenAI's API shows it, and beside that its state here."""
+        engine = next((e for e in status.engines if e.name == name), None)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "vllm",
+            "root": engine.model if engine else None,
+            "parent": None,
+            "max_model_len": engine.engine_args.get("max_model_len")
+            if engine
+            else None,
+            "permission": [],
+            **_state(engine),
+        }
+
+
+def _state(engine: EngineStatus | None) -> dict[str, Any]:
+    if engine is None:
+        return {"state": "declared", "sleep_level": None, "num_requests": 0}
+    return {
+        "state": engine.phase,
+        "sleep_level": engine.sleep_level,
+        "num_requests": engine.num_requests,
+    }

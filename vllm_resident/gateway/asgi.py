@@ -1,0 +1,186 @@
+"""The little of ASGI that the gateway does itself: bodies, answers, keys, addresses.
+
+Pure: knows neither the pool nor vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+import msgspec
+
+from vllm_resident.gateway.problems import Problem
+from vllm_resident.transport import is_loopback
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY_BYTES = 32 * 2**20
+# A caller that sends slower than this is not one.
+BODY_TIMEOUT_S = 60.0
+
+
+class Disconnected(Exception):
+    """The caller went away before it had sent everything."""
+
+
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
+def model_named(body: bytes) -> str | None:
+    """The `model` of a JSON body, None where it names none; raises `Problem`."""
+    try:
+        return msgspec.json.decode(body, type=_Named).model
+    except msgspec.ValidationError as error:
+        raise Problem(400, f"in the body: {error}", param="model") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, f"the body is not JSON: {error}") from error
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """All of a request's body. Raises `Problem` where it is too large or too slow,
+    `Disconnected` where it does not end."""
+    length = header(scope, b"content-length")
+    if length.isdigit() and int(length) > MAX_BODY_BYTES:
+        raise _too_large()
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Disconnected
+                part = message.get("body", b"")
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise _too_large()
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise Problem(
+            408, f"the body did not come within {BODY_TIMEOUT_S:g} s"
+        ) from None
+
+
+def _too_large() -> Problem:
+    # What is still to come is not read: the connection ends with the answer.
+    limit = MAX_BODY_BYTES // 2**20
+    headers = {"Connection": "close"}
+    return Problem(413, f"the body is larger than {limit} MiB", headers=headers)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, then what comes after it:
+    that the caller goes away."""
+    is_given = False
+
+    async def receive_again() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the caller has gone; of a request whose body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """The first header of that (lower-case) name, or nothing."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value).decode("latin-1")
+    return ""
+
+
+async def answer(
+    send: Send, status: int, document: object, headers: dict[str, str] | None = None
+) -> None:
+    """A whole answer of JSON."""
+    await answer_bytes(
+        send, status, msgspec.json.encode(document), "application/json", headers
+    )
+
+
+async def answer_bytes(
+    send: Send,
+    status: int,
+    content: bytes,
+    content_type: str,
+    headers: dict[str, str] | None = None,
+) -> None:
+    fields = {
+        "content-type": content_type,
+        "content-length": str(len(content)),
+        **(headers or {}),
+    }
+    await begin(send, status, fields)
+    await send({"type": "http.response.body", "body": content})
+
+
+async def begin(send: Send, status: int, headers: dict[str, str]) -> None:
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (name.lower().encode("latin-1"), value.encode("latin-1"))
+                for name, value in headers.items()
+            ],
+        }
+    )
+
+
+class Keys:
+    """The keys that open something; without any, everybody may."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, scope: Scope) -> None:
+        """Raise `Problem` unless the request has one: `Authorization: Bearer KEY`."""
+        if not self._digests:
+            return
+        scheme, _, given = header(scope, b"authorization").partition(" ")
+        digest = _digest(given)
+        # All are compared, so that the time taken says nothing.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise Problem(
+                401,
+                "a key is needed: Authorization: Bearer KEY",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def check_is_local(scope: Scope) -> None:
+    """Raise `Problem` unless the request was meant for loopback by its sender, too: a
+    web page of elsewhere can have a browser send requests here, under its own name."""
+    host = header(scope, b"host")
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    origin = header(scope, b"origin")
+    if not is_loopback(name.strip("[]")) or origin:
+        raise Problem(403, "without a key these routes are for this machine only")

@@ -1,0 +1,134 @@
+"""One model's server: vLLM's `AsyncLLM` and OpenAI app over a resident engine.
+
+The one module of the gateway that imports vLLM. The engine core is the engine's leader,
+in another process, which speaks vLLM's protocol (`rank/frontends.py`); everything that
+callers see is vLLM's own code (0.32.0, entrypoints/launchers).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from vllm_resident.errors import CommandRejected
+from vllm_resident.gateway import metrics
+from vllm_resident.gateway.asgi import App
+from vllm_resident.messages import EngineSpec
+from vllm_resident.rank.engine import configure
+
+# Its engine has answered before it is built; what is left is one call.
+OPEN_TIMEOUT_S = 60.0
+
+
+class VllmFrontend:
+    """Built on any thread, then used on the event loop's. Close it once."""
+
+    def __init__(
+        self,
+        name: str,
+        llm: AsyncLLM,
+        arguments: Namespace,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._name = name
+        self._llm = llm
+        self._arguments = arguments
+        self._registry = registry
+        self._app: App | None = None
+
+    @classmethod
+    def build(
+        cls,
+        spec: EngineSpec,
+        input_address: str,
+        output_address: str,
+        *,
+        api_keys: Sequence[str] = (),
+    ) -> VllmFrontend:
+        """Listen at the two addresses until the engine's leader says that it is ready,
+        which it has been asked to. Blocks for seconds; not on the event loop.
+
+        Raises `CommandRejected` for an engine that no frontend can be built of.
+        """
+        # Just as a rank configures it: both must see the same model and limits.
+        config = configure(
+            spec.model, {**spec.engine_args, "served_model_name": spec.name}
+        ).config
+        if config.parallel_config.data_parallel_size > 1:
+            raise CommandRejected(
+                f"engine {spec.name!r} is data-parallel, which is not served over HTTP"
+            )
+        registry = CollectorRegistry()
+        llm = AsyncLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            stat_loggers=[_stat_logger(registry)],
+            client_addresses={
+                "input_address": input_address,
+                "output_address": output_address,
+            },
+        )
+        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        for name, value in spec.engine_args.items():
+            setattr(arguments, name, value)
+        arguments.model = spec.model
+        arguments.served_model_name = [spec.name]
+        arguments.structured_outputs_config = config.structured_outputs_config
+        arguments.api_key = list(api_keys) or None
+        # There are many of them behind one address: none describes it.
+        arguments.disable_fastapi_docs = True
+        metrics.add(spec.name, registry)
+        return cls(spec.name, llm, arguments, registry)
+
+    async def open(self) -> None:
+        """Make its app; raises `TimeoutError` where the leader does not answer."""
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            tasks = tuple(await self._llm.get_supported_tasks())
+            app = build_app(self._arguments, tasks, self._llm.model_config)
+            await init_app_state(self._llm, app.state, self._arguments, tasks)
+        # vLLM's handler of a dead engine tells its server to exit: there is none here.
+        app.state.server = SimpleNamespace(should_exit=False)
+        self._app = app
+
+    @property
+    def app(self) -> App:
+        assert self._app is not None
+        return self._app
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._llm.get_num_unfinished_requests()
+
+    def fail(self) -> None:
+        """End what still runs: the engine is gone, and nobody else would tell."""
+        self._llm.output_processor.propagate_error(EngineDeadError())
+
+    def close(self) -> None:
+        self._llm.shutdown()
+        metrics.remove(self._name, self._registry)
+
+
+def _stat_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
+    """vLLM's metrics in a registry of their own: it takes those of the model before
+    out of the process's, for which it takes itself to be alone (0.32.0,
+    v1/metrics/loggers.py, unregister_vllm_metrics)."""
+    members: dict[str, Any] = {
+        "_gauge_cls": partial(Gauge, registry=registry),
+        "_counter_cls": partial(Counter, registry=registry),
+        "_histogram_cls": partial(Histogram, registry=registry),
+    }
+    return type("ModelStatLogger", (PrometheusStatLogger,), members)

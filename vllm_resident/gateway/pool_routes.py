@@ -1,0 +1,235 @@
+"""The pool's commands over HTTP, with the client's semantics, errors and reports.
+
+`GET /pool` is the status, `GET /pool/events` the status each second and every switch
+that ends, as server-sent events, and `POST /pool/COMMAND` a command, its arguments a
+JSON object of the client's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_resident.client import AsyncClient
+from vllm_resident.errors import ResidentError
+from vllm_resident.gateway import asgi, problems
+from vllm_resident.gateway.asgi import Keys, Receive, Scope, Send
+from vllm_resident.gateway.problems import Problem
+from vllm_resident.messages import SwitchReport
+
+EVENT_INTERVAL_S = 1.0
+# Switches that a listener which reads slowly may be behind; then it misses some.
+MAX_EVENTS = 100
+
+
+class _Command(
+    msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
+):
+    """Seconds that are not given are the client's defaults."""
+
+    timeout_s: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class Sleep(_Command, kw_only=True):
+    name: str
+    level: int = 1
+    drain_s: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class WakeUp(_Command, kw_only=True):
+    name: str
+    drain_s: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class Unload(WakeUp, kw_only=True):
+    pass
+
+
+class Load(_Command, kw_only=True):
+    """Engine arguments stand beside the others in the client, under a name here."""
+
+    name: str
+    model: str = ""
+    ranks: list[int] | int | None = None
+    asleep: bool = False
+    pinned: bool = False
+    engine_args: dict[str, Any] = {}
+
+
+class Switch(_Command, kw_only=True):
+    """`new` is a name, or a table as in a layout."""
+
+    old: str
+    new: str | dict[str, Any]
+    strategy: Literal["sleep", "unload", "stage"] = "sleep"
+    drain_s: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class Apply(_Command, kw_only=True):
+    engines: list[dict[str, Any]]
+    drain_s: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class PoolRoutes:
+    """Answers what begins with /pool. `keys` open it; without any it answers callers on
+    this machine only, and `is_open` says whether even those."""
+
+    def __init__(self, client: AsyncClient, keys: Keys, *, is_open: bool) -> None:
+        self._client = client
+        self._keys = keys
+        self._is_open = is_open
+        self._listeners: set[asyncio.Queue[SwitchReport]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._check(scope)
+        method, path = scope["method"], scope["path"].rstrip("/")
+        if path == "/pool":
+            _require(method, "GET")
+            with _as_problems():
+                status = await self._client.status()
+            await asgi.answer(send, 200, status)
+        elif path == "/pool/events":
+            _require(method, "GET")
+            await self._tell(receive, send)
+        elif (known := _COMMANDS.get(path.removeprefix("/pool/"))) is not None:
+            _require(method, "POST")
+            await self._command(known, scope, receive, send)
+        else:
+            there = ", ".join(
+                ["/pool", "/pool/events", *(f"/pool/{c}" for c in _COMMANDS)]
+            )
+            raise Problem(404, f"no route {path}: there are {there}")
+
+    def _check(self, scope: Scope) -> None:
+        if self._keys:
+            self._keys.check(scope)
+        elif self._is_open:
+            asgi.check_is_local(scope)
+        else:
+            raise Problem(
+                403,
+                "the pool's routes are off: the gateway was given no --operator-key",
+            )
+
+    async def _command(
+        self, known: _Known, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if asgi.header(scope, b"content-type").partition(";")[0] != "application/json":
+            raise Problem(415, "the body must be JSON, and say so: application/json")
+        body = await asgi.read_body(scope, receive)
+        try:
+            command = msgspec.json.decode(body, type=known.form)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Problem(400, f"in the body: {error}") from error
+        # A caller that goes away does not stop what it began; nor does the client's.
+        with _as_problems():
+            report = await known.run(self._client, command)
+        for listener in self._listeners:
+            with contextlib.suppress(asyncio.QueueFull):
+                listener.put_nowait(report)
+        await asgi.answer(send, 200, report)
+
+    async def _tell(self, receive: Receive, send: Send) -> None:
+        """Server-sent events until the listener goes."""
+        reports: asyncio.Queue[SwitchReport] = asyncio.Queue(MAX_EVENTS)
+        self._listeners.add(reports)
+        gone = asyncio.ensure_future(asgi.gone(receive))
+        try:
+            await asgi.begin(
+                send,
+                200,
+                {"content-type": "text/event-stream", "cache-control": "no-store"},
+            )
+            while not gone.done():
+                while not reports.empty():
+                    await _send_event(send, "switch", reports.get_nowait())
+                try:
+                    await _send_event(send, "status", await self._client.status())
+                except ResidentError as error:
+                    await _send_event(send, "error", error.to_info())
+                await asyncio.wait([gone], timeout=EVENT_INTERVAL_S)
+        finally:
+            self._listeners.discard(reports)
+            gone.cancel()
+
+
+async def _send_event(send: Send, kind: str, document: object) -> None:
+    data = msgspec.json.encode(document)
+    body = b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _require(method: str, wanted: str) -> None:
+    if method != wanted:
+        raise Problem(405, f"{method} is not for this route", headers={"Allow": wanted})
+
+
+@contextlib.contextmanager
+def _as_problems() -> Iterator[None]:
+    try:
+        yield
+    except ResidentError as error:
+        raise problems.of_command(error) from error
+
+
+def _given(command: _Command, *without: str) -> dict[str, Any]:
+    """The arguments that the caller gave, by name."""
+    values = msgspec.structs.asdict(command)
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not msgspec.UNSET and name not in without
+    }
+
+
+async def _load(client: AsyncClient, command: Load) -> SwitchReport:
+    own = {"name", *_given(command)}
+    for name in command.engine_args.keys() & {*own, "timeout_s", "on_progress"}:
+        raise Problem(400, f"{name!r} is no engine argument", param=name)
+    options = _given(command, "name", "model", "engine_args")
+    return await client.load(
+        command.name, command.model, **options, **command.engine_args
+    )
+
+
+async def _unload(client: AsyncClient, command: Unload) -> SwitchReport:
+    return await client.unload(**_given(command))
+
+
+async def _sleep(client: AsyncClient, command: Sleep) -> SwitchReport:
+    return await client.sleep(**_given(command))
+
+
+async def _wake_up(client: AsyncClient, command: WakeUp) -> SwitchReport:
+    return await client.wake_up(**_given(command))
+
+
+async def _switch(client: AsyncClient, command: Switch) -> SwitchReport:
+    return await client.switch(**_given(command))
+
+
+async def _apply(client: AsyncClient, command: Apply) -> SwitchReport:
+    return await client.apply(**_given(command))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One command: the form of its body, and how it is run."""
+
+    form: type[_Command]
+    run: Callable[[AsyncClient, Any], Awaitable[SwitchReport]]
+
+
+_COMMANDS = {
+    "load": _Known(Load, _load),
+    "unload": _Known(Unload, _unload),
+    "sleep": _Known(Sleep, _sleep),
+    "wake_up": _Known(WakeUp, _wake_up),
+    "switch": _Known(Switch, _switch),
+    "apply": _Known(Apply, _apply),
+}
