@@ -2,7 +2,7 @@
 
 Knows nothing of sockets, switches or clocks: it reads a `PoolView` that the controller
 draws of itself, `now` is handed in, and what it wants done is returned. The controller
-is to ask `admit` for each request, and `decide` after each event and at `look_again_at`;
+is to ask `admit` for each request and `decide` after each event and at `look_again_at`;
 so far `benchmarks/policy.py` does, and the gateway serves first come, first served.
 
 The rule, once: a waiting model comes up when its requests have together waited as long
