@@ -326,6 +326,16 @@ def test_a_message_too_large_is_refused_here(serve: Serve, client: Client) -> No
     assert [type(m) for m in controller.received] == [GetStatus]
 
 
+@pytest.mark.parametrize("timeout_s", [0.0, -1e185, float("nan")])
+def test_a_time_out_that_is_none_is_for_the_controller_to_reject(
+    serve: Serve, client: Client, timeout_s: float
+) -> None:
+    error = CommandRejected("timeout_s is not one").to_info()
+    serve(lambda m: [CallFailed(call=m.call, error=error)])
+    with pytest.raises(CommandRejected, match="timeout_s"):
+        client.wake_up("e", timeout_s=timeout_s)
+
+
 def test_what_cannot_be_a_message_is_rejected_here(
     serve: Serve, client: Client
 ) -> None:

@@ -14,7 +14,13 @@ from vllm_resident.client import AsyncClient, Client
 from vllm_resident.config import read_pool
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CHANGELOG.md", "docs/ARCHITECTURE.md", "docs/CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "docs/ARCHITECTURE.md",
+    "docs/CONTRIBUTING.md",
+    "docs/HTTP.md",
+]
 # Made by what the pages tell the reader to run.
 MADE = ("build/", ".venv/")
 

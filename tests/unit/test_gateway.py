@@ -25,7 +25,7 @@ from vllm_resident import (
 )
 from vllm_resident.gateway import asgi, problems, residents
 from vllm_resident.gateway.app import Gateway
-from vllm_resident.gateway.asgi import Keys
+from vllm_resident.gateway.asgi import Bodies, Keys
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.problems import Problem
 from vllm_resident.gateway.residents import Residents
@@ -85,6 +85,9 @@ class FakePool:
         self.calls.append(("sleep", options))
         await self._command()
         return REPORT
+
+    async def close(self) -> None:
+        pass
 
     async def _command(self) -> None:
         await asyncio.sleep(0.01)
@@ -151,10 +154,10 @@ async def serving(
     pool: FakePool, folder: Path, *, keys: tuple[str, ...] = (), operator: Any = None
 ) -> AsyncIterator[Gateway]:
     there = Residents(pool, pool, pool.build, folder)  # type: ignore[arg-type]
-    routes = PoolRoutes(pool, Keys(operator or ()), is_open=operator is None)  # type: ignore[arg-type]
+    routes = PoolRoutes(pool, Keys(operator or ()), Bodies(), is_open=operator is None)  # type: ignore[arg-type]
     there.start()
     try:
-        yield Gateway(pool, there, routes, Keys(keys))  # type: ignore[arg-type]
+        yield Gateway(pool, there, routes, Keys(keys), Bodies())  # type: ignore[arg-type]
     finally:
         await there.close()
 
@@ -591,7 +594,7 @@ async def test_an_operator_key_opens_the_pools_routes(tmp_path: Path) -> None:
 
 async def test_beyond_loopback_they_are_off_without_one(tmp_path: Path) -> None:
     pool = FakePool(a="ready")
-    routes = PoolRoutes(pool, Keys(()), is_open=False)  # type: ignore[arg-type]
+    routes = PoolRoutes(pool, Keys(()), Bodies(), is_open=False)  # type: ignore[arg-type]
     there = Residents(pool, pool, pool.build, tmp_path)  # type: ignore[arg-type]
-    app = Gateway(pool, there, routes, Keys(("k",)))  # type: ignore[arg-type]
+    app = Gateway(pool, there, routes, Keys(("k",)), Bodies())  # type: ignore[arg-type]
     assert (await call(app, "GET", "/pool", authorization="Bearer k"))[0] == 403

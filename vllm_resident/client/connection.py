@@ -175,7 +175,8 @@ class Connection:
     async def _received(
         self, queue: asyncio.Queue[ToClientMessage], timeout_s: float
     ) -> AsyncGenerator[ToClientMessage]:
-        end = time.monotonic() + timeout_s + UNWIND_TIMEOUT_S
+        # A time-out that is none is for the controller to reject.
+        end = time.monotonic() + max(0.0, timeout_s) + UNWIND_TIMEOUT_S
         silence_s = self.connect_timeout_s
         while True:
             left_s = end - time.monotonic()

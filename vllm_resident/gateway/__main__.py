@@ -23,8 +23,9 @@ from vllm_resident.client import AsyncClient
 from vllm_resident.client.connection import ENDPOINT_VARIABLE
 from vllm_resident.errors import CommandRejected, ResidentError
 from vllm_resident.gateway.app import Gateway
-from vllm_resident.gateway.asgi import Keys
+from vllm_resident.gateway.asgi import Bodies, Keys
 from vllm_resident.gateway.attachment import Attachments
+from vllm_resident.gateway.connections import BoundedProtocol, Crowd, max_connections
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.residents import Residents
 from vllm_resident.transport import is_loopback, parse_http_address
@@ -136,16 +137,19 @@ async def _serve(
         build = partial(VllmFrontend.build, api_keys=options.api_key)
         attachments = Attachments(client.endpoint)
         residents = Residents(client, attachments, build, directory)
+        bodies = Bodies()
         pool_routes = PoolRoutes(
-            client, Keys(options.operator_key), is_open=is_loopback(host)
+            client, Keys(options.operator_key), bodies, is_open=is_loopback(host)
         )
-        app = Gateway(client, residents, pool_routes, Keys(options.api_key))
+        app = Gateway(client, residents, pool_routes, Keys(options.api_key), bodies)
         server = Server(
             uvicorn.Config(
                 app,
                 host=host,
                 port=port,
                 log_level="warning",
+                http=partial(BoundedProtocol, crowd=Crowd(max_connections())),
+                ws="none",
                 lifespan="off",
                 timeout_graceful_shutdown=GRACE_S,
             )

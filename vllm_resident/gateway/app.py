@@ -14,7 +14,14 @@ from typing import Any
 from vllm_resident.client import AsyncClient
 from vllm_resident.errors import ResidentError
 from vllm_resident.gateway import asgi, metrics, problems
-from vllm_resident.gateway.asgi import Disconnected, Keys, Receive, Scope, Send
+from vllm_resident.gateway.asgi import (
+    Bodies,
+    Disconnected,
+    Keys,
+    Receive,
+    Scope,
+    Send,
+)
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.problems import Problem
 from vllm_resident.gateway.residents import Residents, known_models
@@ -35,18 +42,16 @@ class Gateway:
         residents: Residents,
         pool_routes: PoolRoutes,
         keys: Keys,
+        bodies: Bodies,
     ) -> None:
         self._client = client
         self._residents = residents
         self._pool_routes = pool_routes
         self._keys = keys
+        self._bodies = bodies
         self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1003})
-            return
         has_begun = False
 
         async def send_on(message: Any) -> None:
@@ -91,24 +96,27 @@ class Gateway:
             raise Problem(404, f"no route {method} {path}")
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await asgi.read_body(scope, receive)
+        async with self._bodies.read(scope, receive) as body:
+            name = await self._model_named(scope, body)
+            gone = asyncio.ensure_future(asgi.gone(receive))
+            try:
+                async with self._residents.serving(name, gone) as app:
+                    # From here on the app listens for it.
+                    gone.cancel()
+                    await asyncio.wait({gone})
+                    if not gone.cancelled():
+                        raise Disconnected
+                    await app(scope, asgi.replayed(body, receive), send)
+            finally:
+                gone.cancel()
+
+    async def _model_named(self, scope: Scope, body: bytes) -> str:
         kind = asgi.header(scope, b"content-type").partition(";")[0].strip().lower()
         if kind.startswith("multipart/"):
             raise Problem(
                 415, "the model is read from a JSON body: forms are not served"
             )
-        name = asgi.model_named(body) or await self._only_model()
-        gone = asyncio.ensure_future(asgi.gone(receive))
-        try:
-            async with self._residents.serving(name, gone) as app:
-                # From here on the app listens for it.
-                gone.cancel()
-                await asyncio.wait({gone})
-                if not gone.cancelled():
-                    raise Disconnected
-                await app(scope, asgi.replayed(body, receive), send)
-        finally:
-            gone.cancel()
+        return asgi.model_named(body) or await self._only_model()
 
     async def _only_model(self) -> str:
         """What is meant by a request that names none: there is but one."""

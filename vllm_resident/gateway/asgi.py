@@ -9,11 +9,19 @@ import asyncio
 import hashlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    MutableMapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
+from vllm_resident.gateway import problems
 from vllm_resident.gateway.problems import Problem
 from vllm_resident.transport import is_loopback
 
@@ -24,8 +32,11 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 32 * 2**20
+# Of all that are being answered at one time.
+MAX_BODIES_BYTES = 512 * 2**20
 # A caller that sends slower than this is not one.
 BODY_TIMEOUT_S = 60.0
+CLOSE = {"Connection": "close"}
 
 
 class Disconnected(Exception):
@@ -46,38 +57,54 @@ def model_named(body: bytes) -> str | None:
         raise Problem(400, f"the body is not JSON: {error}") from error
 
 
-async def read_body(scope: Scope, receive: Receive) -> bytes:
-    """All of a request's body. Raises `Problem` where it is too large or too slow,
-    `Disconnected` where it does not end."""
-    length = header(scope, b"content-length")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise _too_large()
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Disconnected
-                part = message.get("body", b"")
-                size += len(part)
-                if size > MAX_BODY_BYTES:
-                    raise _too_large()
-                parts.append(part)
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-    except TimeoutError:
-        raise Problem(
-            408, f"the body did not come within {BODY_TIMEOUT_S:g} s"
-        ) from None
+class Bodies:
+    """The bodies of the requests that are being answered; together no larger than
+    `max_bytes`."""
+
+    def __init__(self, max_bytes: int = MAX_BODIES_BYTES) -> None:
+        self._num_bytes_left = max_bytes
+
+    @asynccontextmanager
+    async def read(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
+        """All of a request's body, kept until the end of this. Raises `Problem` where
+        it is too large or too slow, `Disconnected` where it does not end."""
+        length = header(scope, b"content-length")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            raise _too_large()
+        body = bytearray()
+        try:
+            await self._fill(body, receive)
+            yield bytes(body)
+        finally:
+            self._num_bytes_left += len(body)
+
+    async def _fill(self, body: bytearray, receive: Receive) -> None:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Disconnected
+                    self._append(body, message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            text = f"the body did not come within {BODY_TIMEOUT_S:g} s"
+            raise Problem(408, text, headers=CLOSE) from None
+
+    def _append(self, body: bytearray, part: bytes) -> None:
+        if len(body) + len(part) > MAX_BODY_BYTES:
+            raise _too_large()
+        if len(part) > self._num_bytes_left:
+            raise problems.unavailable("too many large bodies at once")
+        self._num_bytes_left -= len(part)
+        body += part
 
 
 def _too_large() -> Problem:
     # What is still to come is not read: the connection ends with the answer.
     limit = MAX_BODY_BYTES // 2**20
-    headers = {"Connection": "close"}
-    return Problem(413, f"the body is larger than {limit} MiB", headers=headers)
+    return Problem(413, f"the body is larger than {limit} MiB", headers=CLOSE)
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -2,7 +2,7 @@
 
 `GET /pool` is the status, `GET /pool/events` the status each second and every switch
 that ends, as server-sent events, and `POST /pool/COMMAND` a command, its arguments a
-JSON object of the client's own.
+JSON object of the client's own. `GET /pool/openapi.json` describes all this.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import msgspec
 
 from vllm_resident.client import AsyncClient
 from vllm_resident.errors import ResidentError
-from vllm_resident.gateway import asgi, problems
-from vllm_resident.gateway.asgi import Keys, Receive, Scope, Send
+from vllm_resident.gateway import asgi, openapi, problems
+from vllm_resident.gateway.asgi import Bodies, Keys, Receive, Scope, Send
 from vllm_resident.gateway.problems import Problem
 from vllm_resident.messages import SwitchReport
 
@@ -79,10 +79,16 @@ class PoolRoutes:
     """Answers what begins with /pool. `keys` open it; without any it answers callers on
     this machine only, and `is_open` says whether even those."""
 
-    def __init__(self, client: AsyncClient, keys: Keys, *, is_open: bool) -> None:
+    def __init__(
+        self, client: AsyncClient, keys: Keys, bodies: Bodies, *, is_open: bool
+    ) -> None:
         self._client = client
         self._keys = keys
+        self._bodies = bodies
         self._is_open = is_open
+        self._description = openapi.describe(
+            {name: known.form for name, known in _COMMANDS.items()}
+        )
         self._listeners: set[asyncio.Queue[SwitchReport]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,6 +99,9 @@ class PoolRoutes:
             with _as_problems():
                 status = await self._client.status()
             await asgi.answer(send, 200, status)
+        elif path == "/pool/openapi.json":
+            _require(method, "GET")
+            await asgi.answer(send, 200, self._description)
         elif path == "/pool/events":
             _require(method, "GET")
             await self._tell(receive, send)
@@ -101,7 +110,12 @@ class PoolRoutes:
             await self._command(known, scope, receive, send)
         else:
             there = ", ".join(
-                ["/pool", "/pool/events", *(f"/pool/{c}" for c in _COMMANDS)]
+                [
+                    "/pool",
+                    "/pool/events",
+                    "/pool/openapi.json",
+                    *(f"/pool/{c}" for c in _COMMANDS),
+                ]
             )
             raise Problem(404, f"no route {path}: there are {there}")
 
@@ -121,11 +135,11 @@ class PoolRoutes:
     ) -> None:
         if asgi.header(scope, b"content-type").partition(";")[0] != "application/json":
             raise Problem(415, "the body must be JSON, and say so: application/json")
-        body = await asgi.read_body(scope, receive)
-        try:
-            command = msgspec.json.decode(body, type=known.form)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Problem(400, f"in the body: {error}") from error
+        async with self._bodies.read(scope, receive) as body:
+            try:
+                command = msgspec.json.decode(body, type=known.form)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise Problem(400, f"in the body: {error}") from error
         # A caller that goes away does not stop what it began; nor does the client's.
         with _as_problems():
             report = await known.run(self._client, command)

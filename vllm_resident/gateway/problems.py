@@ -30,6 +30,7 @@ _TYPES = {
     411: "BadRequestError",
     413: "RequestTooLargeError",
     415: "BadRequestError",
+    431: "BadRequestError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
