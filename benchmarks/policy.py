@@ -269,7 +269,8 @@ class Simulation:
         if is_limited and policy.admit(self.pool, call.model, self.now):
             self.num_refused += 1
             return
-        gap_s = policy.average_gap(engine.view, self.now)
+        view = engine.view
+        gap_s = policy.average_gap(view.gap_s, view.last_call, self.now)
         engine.change(gap_s=gap_s, last_call=self.now)
         if not engine.queue:
             engine.head_since = self.now

@@ -14,6 +14,7 @@ pool.toml, which a controller starts with, says what it may hold and how much of
 
     [models.chat]                   # as in a layout, and
     start = "asleep"                # when the pool is up: "loaded", "asleep", "none"
+    max_wait_s = 30                 # how long a call waits for it to come up
 
 Checks what can be known without vLLM; whether an engine argument exists and fits is
 the pool's to say. Every complaint is a `CommandRejected` that names file, line and key.
@@ -25,11 +26,12 @@ import ast
 import difflib
 import functools
 import importlib.util
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -41,8 +43,14 @@ STARTS = ("loaded", "asleep", "none")
 
 _SPEC_KEYS = ("name", "model", "ranks", "engine_args", "asleep", "pinned")
 # `start` of a declared model is what `asleep` is of an engine.
-_MODEL_KEYS = ("name", "model", "ranks", "engine_args", "pinned", "start")
-_POOL_KEYS = ("host_memory", "device_memory", "awake_per_rank")
+_LIMIT_KEYS = ("max_queue", "max_wait_s", "idle_ttl_s")
+_MODEL_KEYS = (
+    "name", "model", "ranks", "engine_args", "pinned", "start", *_LIMIT_KEYS
+)  # fmt: skip
+_POOL_KEYS = (
+    "host_memory", "device_memory", "awake_per_rank", "min_residency_s", "drain_s",
+    *_LIMIT_KEYS,
+)  # fmt: skip
 _UNITS = {
     "": 1,
     "B": 1,
@@ -57,6 +65,16 @@ _UNITS = {
 T = TypeVar("T")
 
 
+class CallLimits(msgspec.Struct, frozen=True):
+    """What calls for a model that is not awake may expect: how many may wait
+    (`max_queue`) and how long; and after how long without a call the model falls asleep
+    (`idle_ttl_s`; None: only to make room)."""
+
+    max_queue: int = 1000
+    max_wait_s: float = 120.0
+    idle_ttl_s: float | None = None
+
+
 class PoolConfig(msgspec.Struct, frozen=True):
     """What pool.toml says; without one, its defaults.
 
@@ -64,7 +82,10 @@ class PoolConfig(msgspec.Struct, frozen=True):
     `device_memory_bytes` for engines on each rank (None: what there is).
     `awake_per_rank` is how many engines may be awake on one rank. `models` are the
     declared ones by name; `start` are those among them to load when the pool is
-    complete, in the file's order, with `asleep` as their `start` says.
+    complete, in the file's order, with `asleep` as their `start` says. `limits` are the
+    declared models' own, `default_limits` all others'. An engine that is called stays
+    awake for `min_residency_s` at least, and has `drain_s` to finish its requests
+    before it makes room for another that is.
     """
 
     host_memory_bytes: int | None = None
@@ -72,6 +93,10 @@ class PoolConfig(msgspec.Struct, frozen=True):
     awake_per_rank: int = 1
     models: dict[str, EngineSpec] = {}
     start: list[EngineSpec] = []
+    limits: dict[str, CallLimits] = {}
+    default_limits: CallLimits = CallLimits()
+    min_residency_s: float = 1.0
+    drain_s: float = 30.0
 
 
 class _Wrong(Exception):
@@ -108,15 +133,17 @@ def read_pool(path: str | Path) -> PoolConfig:
     document.check_keys(
         ("pool", "models"), "pool.toml holds [pool] and [models.NAME] tables"
     )
-    budgets = document.table("pool", _budgets)
-    declared = document.each("models", "model", _declared)
+    pool = document.table("pool", _pool)
+    declare = functools.partial(_declared, default=pool["default_limits"])
+    declared = document.each("models", "model", declare)
     return PoolConfig(
-        **budgets,
-        models={name: spec for name, (spec, _) in declared.items()},
+        **pool,
+        models={name: model.spec for name, model in declared.items()},
+        limits={name: model.limits for name, model in declared.items() if model.limits},
         start=[
-            msgspec.structs.replace(spec, asleep=start == "asleep")
-            for spec, start in declared.values()
-            if start != "none"
+            msgspec.structs.replace(model.spec, asleep=model.start == "asleep")
+            for model in declared.values()
+            if model.start != "none"
         ],
     )
 
@@ -227,23 +254,54 @@ def _read(path: Path) -> str:
         raise CommandRejected(f"{path}: not UTF-8 text") from error
 
 
-def _budgets(table: Any) -> dict[str, Any]:
+def _pool(table: Any) -> dict[str, Any]:
+    """What [pool] says, by the names of `PoolConfig`."""
     if not isinstance(table, dict):
         raise _Wrong("", f"'pool' must be a table, [pool], not {table!r}")
     for key in table:
         if key not in _POOL_KEYS:
             hint = _hint(key, _POOL_KEYS) or f"; there are {', '.join(_POOL_KEYS)}"
             raise _Wrong(key, f"unknown key {key!r} in [pool]{hint}")
-    awake = table.get("awake_per_rank", 1)
-    if not _is_int(awake) or awake < 1:
-        raise _Wrong(
-            "awake_per_rank", f"'awake_per_rank' must be a number from 1, not {awake!r}"
-        )
+    defaults = PoolConfig()
     return {
         "host_memory_bytes": _num_bytes(table, "host_memory"),
         "device_memory_bytes": _num_bytes(table, "device_memory"),
-        "awake_per_rank": awake,
+        "awake_per_rank": _whole(table, "awake_per_rank", 1),
+        "default_limits": _limits(table, defaults.default_limits),
+        "min_residency_s": _seconds(table, "min_residency_s", defaults.min_residency_s),
+        "drain_s": _seconds(table, "drain_s", defaults.drain_s),
     }
+
+
+def _limits(table: dict[str, Any], default: CallLimits) -> CallLimits:
+    """A model's limits where it says any, else the pool's."""
+    idle_ttl_s = default.idle_ttl_s
+    if "idle_ttl_s" in table:
+        idle_ttl_s = _seconds(table, "idle_ttl_s", 0.0, is_positive=True)
+    return CallLimits(
+        max_queue=_whole(table, "max_queue", default.max_queue),
+        max_wait_s=_seconds(table, "max_wait_s", default.max_wait_s, is_positive=True),
+        idle_ttl_s=idle_ttl_s,
+    )
+
+
+def _whole(table: dict[str, Any], key: str, default: int) -> int:
+    value = table.get(key, default)
+    if not _is_int(value) or value < 1:
+        raise _Wrong(key, f"{key!r} must be a number from 1, not {value!r}")
+    return int(value)
+
+
+def _seconds(
+    table: dict[str, Any], key: str, default: float, *, is_positive: bool = False
+) -> float:
+    value = table.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise _Wrong(key, f"{key!r} must be seconds, such as 30 or 0.5, not {value!r}")
+    if is_positive and not value:
+        raise _Wrong(key, f"{key!r} must be more than 0 seconds: leave it out for none")
+    return float(value)
 
 
 def _num_bytes(table: dict[str, Any], key: str) -> int | None:
@@ -264,8 +322,15 @@ def _num_bytes(table: dict[str, Any], key: str) -> int | None:
     )
 
 
-def _declared(name: str, table: Any, base: Path) -> tuple[EngineSpec, str]:
-    """A model of pool.toml and how it starts."""
+class _Declared(NamedTuple):
+    """A model of pool.toml: how it starts, and its limits if it has its own."""
+
+    spec: EngineSpec
+    start: str
+    limits: CallLimits | None
+
+
+def _declared(name: str, table: Any, base: Path, default: CallLimits) -> _Declared:
     spec = _spec(name, table, base, _MODEL_KEYS)
     _check_known(table)
     if not spec.model:
@@ -276,7 +341,8 @@ def _declared(name: str, table: Any, base: Path) -> tuple[EngineSpec, str]:
         raise _Wrong(
             "start", f"'start' must be one of {', '.join(STARTS)}, not {start!r}{hint}"
         )
-    return spec, start
+    has_limits = any(key in table for key in _LIMIT_KEYS)
+    return _Declared(spec, start, _limits(table, default) if has_limits else None)
 
 
 def _check_known(table: dict[str, Any]) -> None:
@@ -322,6 +388,8 @@ def _spec(
         raise _Wrong(name, f"must be a table, not {table!r}")
     for key in set(_SPEC_KEYS + _MODEL_KEYS) - set(keys):
         if key in table:
+            if key in _LIMIT_KEYS:
+                raise _Wrong(key, f"{key!r} is for models that pool.toml declares")
             other = "start" if key == "asleep" else "asleep"
             raise _Wrong(key, f"unknown key {key!r} (did you mean {other!r}?)")
     return EngineSpec(

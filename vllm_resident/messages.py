@@ -13,7 +13,7 @@ import msgspec
 
 from vllm_resident.errors import ErrorInfo
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 32 * 2**20
 
 
@@ -147,7 +147,8 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
 
 class PoolStatus(msgspec.Struct, frozen=True):
-    """The whole pool at one moment. `models` are the names that pool.toml declares."""
+    """The whole pool at one moment. `models` are the names that pool.toml declares;
+    `waiting` says how many calls wait for a model to come up, by name."""
 
     pool: str
     phase: str
@@ -161,6 +162,7 @@ class PoolStatus(msgspec.Struct, frozen=True):
     host_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
     models: list[str] = []
+    waiting: dict[str, int] = {}
 
 
 # ----------------------------------------------------------- client -> controller
@@ -267,6 +269,38 @@ class DetachFrontend(FromClient, frozen=True, kw_only=True):
     """End the attachment of the same number; answered by that call's end."""
 
 
+class AwaitEngine(FromClient, frozen=True, kw_only=True):
+    """A call that came for a model that is not awake: bring it up, by the policy.
+
+    Answered by `EngineAwake`, or `EngineRefused`; `Progress` until then. It is open
+    until `EndAwait`: so long it counts as one of the model's requests. `waited_s` is
+    what it has waited already, in an earlier call.
+    """
+
+    engine: str
+    waited_s: float = 0.0
+
+
+class EndAwait(FromClient, frozen=True, kw_only=True):
+    """Of the `AwaitEngine` of the same number: its caller was served, or has gone. Not
+    answered."""
+
+
+class ModelCalls(msgspec.Struct, frozen=True):
+    """Calls of one model since the last report: those that came and found it awake,
+    those that ended (however they came) and what these took together."""
+
+    num_begun: int = 0
+    num_ended: int = 0
+    service_s: float = 0.0
+
+
+class ReportCalls(FromClient, frozen=True, kw_only=True):
+    """What a gateway served without asking, by model. Not answered."""
+
+    models: dict[str, ModelCalls]
+
+
 class GetStatus(FromClient, frozen=True, kw_only=True):
     pass
 
@@ -326,6 +360,21 @@ class FrontendDetached(ToClient, frozen=True, kw_only=True):
     """As asked for, or because the engine is gone: then `reason` says why."""
 
     reason: str
+
+
+class EngineAwake(ToClient, frozen=True, kw_only=True):
+    """The model is up, as this generation."""
+
+    generation: int
+
+
+class EngineRefused(ToClient, frozen=True, kw_only=True):
+    """The model does not come up for this call: it is not worth asking again before
+    `retry_after_s`, or (`is_unknown`) there is no such model."""
+
+    reason: str
+    retry_after_s: float = 0.0
+    is_unknown: bool = False
 
 
 class StatusReported(ToClient, frozen=True, kw_only=True):
@@ -629,6 +678,9 @@ ClientMessage = (
     | CancelGenerate
     | AttachFrontend
     | DetachFrontend
+    | AwaitEngine
+    | EndAwait
+    | ReportCalls
     | GetStatus
     | ShutdownPool
 )
@@ -657,6 +709,8 @@ ToClientMessage = (
     | GenerateOutput
     | FrontendAttached
     | FrontendDetached
+    | EngineAwake
+    | EngineRefused
     | StatusReported
     | PoolStopped
     | CallFailed

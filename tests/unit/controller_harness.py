@@ -11,11 +11,13 @@ from vllm_resident.errors import ErrorInfo
 from vllm_resident.messages import (
     PROTOCOL_VERSION,
     ApplyLayout,
+    AwaitEngine,
     BuildEngine,
     CallFailed,
     ClientMessage,
     CloseEngine,
     DropEngine,
+    EndAwait,
     EngineBuilt,
     EngineClosed,
     EngineFailed,
@@ -25,6 +27,7 @@ from vllm_resident.messages import (
     EngineSpec,
     EngineStatus,
     EngineSuspended,
+    FrontendRequests,
     Generate,
     GetStatus,
     Heartbeat,
@@ -125,12 +128,14 @@ class Harness:
         self.effects = self.pool.tick(self.now)
         return self.effects
 
-    def heartbeats(self) -> None:
+    def heartbeats(self) -> list[Effect]:
+        self.effects = []
         for rank in self.state.ranks:
             if self.state.is_attached(rank):
-                self.pool.rank_message(
+                self.effects += self.pool.rank_message(
                     Heartbeat(rank=rank, incarnation=0, gauges=GAUGES), self.now
                 )
+        return self.effects
 
     # ------------------------------------------------------------ shorthands
 
@@ -188,6 +193,40 @@ class Harness:
             )
         )  # fmt: skip
         return call
+
+    def await_engine(
+        self, name: str, client: bytes = ALICE, waited_s: float = 0.0
+    ) -> int:
+        call = self.call()
+        self.client(AwaitEngine(call=call, engine=name, waited_s=waited_s), client)
+        return call
+
+    def end_await(self, call: int, client: bytes = ALICE) -> None:
+        self.client(EndAwait(call=call), client)
+
+    def frontend_requests(self, name: str, num_requests: int) -> None:
+        """The leader says how many requests of frontends it has."""
+        engine = self.engine(name)
+        self.rank(
+            FrontendRequests(
+                rank=engine.leader, generation=engine.generation,
+                num_requests=num_requests,
+            )
+        )  # fmt: skip
+
+    def look(self, seconds: float) -> list[Effect]:
+        """Let time pass as the service does: a look whenever one is asked for, ticks
+        a few times a second, all answered at once. Returns all effects."""
+        end, seen = self.now + seconds, list[Effect]()
+        while self.now < end:
+            at = min(end, self.now + 0.25, max(self.now, self.pool.look_again_at))
+            is_look, self.now = at == self.pool.look_again_at, at
+            self.heartbeats()
+            seen += self.answer_all()
+            self.effects = (self.pool.look_again if is_look else self.pool.tick)(at)
+            seen += self.answer_all()
+        self.effects = seen
+        return seen
 
     def load_ready(self, wanted: EngineSpec) -> Engine:
         """Load and have every rank answer at once."""

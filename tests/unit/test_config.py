@@ -8,6 +8,7 @@ import pytest
 
 from vllm_resident import CommandRejected, EngineSpec, config
 from vllm_resident.config import (
+    CallLimits,
     PoolConfig,
     engine_arg_names,
     engine_spec,
@@ -15,6 +16,9 @@ from vllm_resident.config import (
     read_pool,
     resolve_model,
 )
+from vllm_resident.controller.__main__ import demand_of
+from vllm_resident.controller.policy import Limits
+from vllm_resident.controller.usage import Demand
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,6 +171,37 @@ def test_a_pool_file_becomes_budgets_and_models(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_limits_are_a_models_own_or_the_pools(tmp_path: Path) -> None:
+    path = pool_file(
+        tmp_path,
+        """
+        [pool]
+        max_queue = 7
+        idle_ttl_s = 600
+        min_residency_s = 0.5
+        drain_s = 0
+        [models.a]
+        model = "m"
+        max_wait_s = 2.5
+        [models.b]
+        model = "m"
+        """,
+    )
+    pool = read_pool(path)
+    assert (pool.min_residency_s, pool.drain_s) == (0.5, 0.0)
+    assert pool.default_limits == CallLimits(7, 120.0, 600.0)
+    assert pool.limits == {"a": CallLimits(7, 2.5, 600.0)}
+    assert pool.models["a"].engine_args == {}
+    demand = demand_of(pool)
+    assert demand.limits_of("a") == Limits(7, 2.5, 600.0)
+    assert demand.limits_of("b") == Limits(7, 120.0, 600.0)
+    assert (demand.min_residency_s, demand.drain_s) == (0.5, 0.0)
+
+
+def test_the_defaults_of_both_sides_are_the_same() -> None:
+    assert demand_of(PoolConfig()) == Demand()
+
+
 def test_an_empty_pool_file_is_the_defaults(tmp_path: Path) -> None:
     assert read_pool(pool_file(tmp_path, "")) == PoolConfig()
 
@@ -217,6 +252,18 @@ def test_memory_is_bytes_or_text(
             '[models.a]\nmodel = "m"\n\npined = true\n',
             r"pool\.toml:4: model 'a': unknown key 'pined'.*did you mean 'pinned'",
         ),
+        (
+            '[models.a]\nmodel = "m"\nmax_queu = 3\n',
+            r"pool\.toml:3: .*unknown key 'max_queu'.*did you mean 'max_queue'",
+        ),
+        (
+            '[models.a]\nmodel = "m"\nmax_queue = 0\n',
+            r"pool\.toml:3: model 'a': 'max_queue' must be a number from 1, not 0",
+        ),
+        ("[pool]\nmax_wait_s = 0\n", r"pool\.toml:2: 'max_wait_s' must be more"),
+        ('[pool]\nidle_ttl_s = "5m"\n', r"pool\.toml:2: .*must be seconds.*'5m'"),
+        ("[pool]\ndrain_s = -1\n", r"pool\.toml:2: 'drain_s' must be seconds"),
+        ("[pool]\ndrain_s = nan\n", r"pool\.toml:2: 'drain_s' must be seconds"),
         ('[models.a]\nmodel = "m"\nranks = []\n', r"pool\.toml:3: .*'ranks' must be"),
     ],
 )

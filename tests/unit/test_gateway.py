@@ -29,16 +29,24 @@ from vllm_resident.gateway.asgi import Bodies, Keys
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.problems import Problem
 from vllm_resident.gateway.residents import Residents
-from vllm_resident.messages import FrontendAttached, Progress
+from vllm_resident.messages import (
+    EngineAwake,
+    EngineRefused,
+    FrontendAttached,
+    ModelCalls,
+    Progress,
+)
 from vllm_resident.transport import is_loopback, parse_http_address
 
 REPORT = SwitchReport("wake_up", 0.1, {}, [])
 
 
 class FakePool:
-    """A client, its attachments and what builds frontends, over engines in a table.
+    """A client, its turns and attachments and what builds frontends, over engines in a
+    table: what is called is brought up at once.
 
-    `rejections` are raised by the next commands, in order.
+    `rejections` are raised by the next commands, in order; `refusal` answers every call
+    for a model that is not up. `hold` is waited for before a model comes up.
     """
 
     endpoint = "ipc:///nowhere"
@@ -53,6 +61,38 @@ class FakePool:
         self.watchers: dict[str, Any] = {}
         self.built: list[FakeFrontend] = []
         self.generation = 1
+        self.refusal: EngineRefused | None = None
+        self.hold: asyncio.Event | None = None
+        self.turns: list[tuple[str, float]] = []
+        self.num_open = 0
+        self.reports: list[dict[str, ModelCalls]] = []
+
+    async def wait(
+        self, name: str, waited_s: float = 0.0
+    ) -> AsyncIterator[EngineAwake | EngineRefused]:
+        self.turns.append((name, waited_s))
+        self.num_open += 1
+        try:
+            if self.error is not None:
+                raise self.error
+            yield await self._bring_up(name)
+        finally:
+            self.num_open -= 1
+
+    async def _bring_up(self, name: str) -> EngineAwake | EngineRefused:
+        await asyncio.sleep(0.01)
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.refusal is not None:
+            return self.refusal
+        if name not in self.phases:
+            return EngineRefused(call=1, reason=f"no {name!r}", is_unknown=True)
+        if self.phases[name] != "ready":
+            self.turn(name, "ready")
+        return EngineAwake(call=1, generation=self.generation)
+
+    async def report(self, models: dict[str, ModelCalls]) -> None:
+        self.reports.append(models)
 
     async def status(self) -> PoolStatus:
         if self.error is not None:
@@ -64,22 +104,6 @@ class FakePool:
             for name, phase in self.phases.items()
         ]
         return PoolStatus("p", "ready", 1, 1, 1.0, [], engines, models=self.models)
-
-    async def wake_up(self, name: str, **options: Any) -> SwitchReport:
-        self.calls.append(("wake_up", name, options))
-        await self._command()
-        for other in self.phases:
-            if self.phases[other] == "ready" and self.ranks[other] == self.ranks[name]:
-                self.turn(other, "asleep")
-        self.turn(name, "ready")
-        return REPORT
-
-    async def load(self, name: str, model: str = "", **options: Any) -> SwitchReport:
-        self.calls.append(("load", name, options))
-        await self._command()
-        self.phases[name] = "asleep" if options.get("asleep") else "ready"
-        self.ranks[name] = [0]
-        return REPORT
 
     async def sleep(self, **options: Any) -> SwitchReport:
         self.calls.append(("sleep", options))
@@ -124,8 +148,6 @@ class FakePool:
 
 class FakeFrontend:
     """Answers each request with its model's name and the body it got."""
-
-    num_unfinished = 0
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -305,99 +327,102 @@ async def test_requests_go_to_the_model_they_name(tmp_path: Path) -> None:
     assert not pool.watchers
 
 
-async def test_a_sleeper_is_woken_once_for_all_who_wait(tmp_path: Path) -> None:
+async def test_a_call_for_a_sleeper_waits_for_its_turn(tmp_path: Path) -> None:
+    pool = FakePool(a="asleep")
+    pool.hold = asyncio.Event()
+    async with serving(pool, tmp_path) as app:
+        callers = [
+            asyncio.create_task(call(app, body={"model": "a"})) for _ in range(20)
+        ]
+        await asyncio.sleep(0.1)
+        assert pool.num_open == 20
+        assert app._residents.counts() == {"a": (20, 0)}
+        pool.hold.set()
+        answers = [await caller for caller in callers]
+        assert {status for status, _, _ in answers} == {200}
+        assert len(pool.built) == 1
+        assert pool.num_open == 0
+
+
+async def test_a_turn_lasts_as_long_as_its_request(tmp_path: Path) -> None:
+    """So long the pool counts it as one of the model's."""
     pool = FakePool(a="asleep")
     async with serving(pool, tmp_path) as app:
-        answers = await asyncio.gather(
-            *[call(app, body={"model": "a"}) for _ in range(20)]
-        )
-        assert {status for status, _, _ in answers} == {200}
-        assert [c[:2] for c in pool.calls] == [("wake_up", "a")]
+        await call(app, body={"model": "a"})
+        pool.turn("a", "asleep")
+        pool.built[0].hold = asyncio.Event()
+        caller = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.1)
+        assert pool.num_open == 1
+        pool.built[0].hold.set()
+        assert (await caller)[0] == 200
+        assert pool.num_open == 0
+
+
+async def test_calls_for_engines_that_are_awake_are_only_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "REPORT_S", 0.05)
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        for _ in range(5):
+            await call(app, body={"model": "a"})
+        assert len(pool.turns) == 1  # the first, which had no frontend yet
+        await asyncio.sleep(0.2)
+        reports = [report["a"] for report in pool.reports]
+        assert sum(report.num_begun for report in reports) == 4
+        assert sum(report.num_ended for report in reports) == 5
+        assert all(report.service_s > 0 for report in reports)
+        assert len(reports) <= 2  # none while there is nothing to tell
+
+
+async def test_one_that_falls_asleep_before_its_frontend_is_there_is_called_again(
+    tmp_path: Path,
+) -> None:
+    pool = FakePool(a="asleep")
+    build = pool.build
+
+    def build_slowly(*arguments: Any) -> FakeFrontend:
+        if not pool.built:
+            pool.phases["a"] = "asleep"
+            loop.call_soon_threadsafe(pool.turn, "a", "asleep")
+        return build(*arguments)
+
+    loop = asyncio.get_running_loop()
+    pool.build = build_slowly  # type: ignore[method-assign]
+    async with serving(pool, tmp_path) as app:
+        assert (await call(app, body={"model": "a"}))[0] == 200
+        assert [name for name, _ in pool.turns][:2] == ["a", "a"]
+        assert pool.turns[1][1] > 0  # what it has waited is not forgotten
         assert len(pool.built) == 1
 
 
-async def test_two_that_share_a_rank_take_turns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither starves, and each serves what waits before the other is woken."""
-    monkeypatch.setattr(residents, "MIN_RESIDENCY_S", 0.2)
-    monkeypatch.setattr(residents, "POLL_S", 0.01)
-    pool = FakePool(a="asleep", b="asleep")
-    async with serving(pool, tmp_path) as app:
-
-        async def caller(name: str) -> None:
-            for _ in range(5):
-                status, answer, _ = await call(app, body={"model": name})
-                assert (status, answer["by"]) == (200, name)
-
-        await asyncio.gather(*[caller(n) for n in ("a", "b") for _ in range(4)])
-        assert len(pool.calls) <= 12
-        assert len(pool.built) == 2
-
-
-async def test_declared_models_are_loaded(tmp_path: Path) -> None:
-    pool = FakePool()
-    pool.models = ["a"]
-    async with serving(pool, tmp_path) as app:
-        assert (await call(app, body={"model": "a"}))[0] == 200
-        assert pool.calls == [("load", "a", {})]
-
-
-async def test_a_declared_model_with_no_free_rank_is_built_beside(
-    tmp_path: Path,
-) -> None:
-    pool = FakePool(b="ready")
-    pool.models = ["a"]
-    pool.rejections = [CommandRejected("rank 0 is taken by engine 'b'")]
-    async with serving(pool, tmp_path) as app:
-        assert (await call(app, body={"model": "a"}))[0] == 200
-        made = [(kind, options.get("asleep")) for kind, _, options in pool.calls]
-        assert made == [("load", None), ("load", True), ("wake_up", None)]
-        assert pool.phases == {"a": "ready", "b": "asleep"}
-
-
-async def test_an_unknown_model_is_404_and_says_what_there_is(tmp_path: Path) -> None:
+async def test_an_unknown_model_is_404(tmp_path: Path) -> None:
     pool = FakePool(a="ready")
-    pool.models = ["declared"]
     async with serving(pool, tmp_path) as app:
         for _ in range(3):
             status, answer, _ = await call(app, body={"model": "nobody"})
             assert status == 404
-            assert "['a', 'declared']" in answer["error"]["message"]
-            assert answer["error"]["code"] == 404
-        assert pool.calls == []
+            assert "no 'nobody'" in answer["error"]["message"]
+            assert (answer["error"]["code"], answer["error"]["param"]) == (404, "model")
+        assert app._residents.counts() == {}
 
 
-async def test_what_cannot_be_brought_up_is_503_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(residents, "POLL_S", 0.01)
+async def test_what_does_not_come_up_is_503_with_the_reason(tmp_path: Path) -> None:
     pool = FakePool(a="asleep")
-    pool.rejections = [CommandRejected("engine 'b' is pinned") for _ in range(9)]
+    pool.refusal = EngineRefused(call=1, reason="max_queue", retry_after_s=2.2)
     async with serving(pool, tmp_path) as app:
         status, answer, headers = await call(app, body={"model": "a"})
-        assert status == 503
-        assert "pinned" in answer["error"]["message"]
-        assert int(headers["retry-after"]) > 0
-        pool.rejections = []
+        assert (status, answer["error"]["message"]) == (503, "max_queue")
+        assert answer["error"]["type"] == "ServiceUnavailableError"
+        assert headers["retry-after"] == "3"
+        pool.refusal = None
         assert (await call(app, body={"model": "a"}))[0] == 200  # not for ever
 
 
-async def test_a_command_in_the_way_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(residents, "POLL_S", 0.01)
-    pool = FakePool(a="draining")
-    async with serving(pool, tmp_path) as app:
-        request = asyncio.create_task(call(app, body={"model": "a"}))
-        await asyncio.sleep(0.1)
-        assert not request.done()
-        pool.turn("a", "asleep")
-        assert (await request)[0] == 200
-
-
 async def test_who_leaves_does_not_wait_on(tmp_path: Path) -> None:
-    pool = FakePool(a="building")
+    pool = FakePool(a="asleep")
+    pool.hold = asyncio.Event()
     async with serving(pool, tmp_path) as app:
         scope = {
             "type": "http",
@@ -417,17 +442,8 @@ async def test_who_leaves_does_not_wait_on(tmp_path: Path) -> None:
             raise AssertionError("there is nobody to send to")
 
         await asyncio.wait_for(app(scope, receive, send), 5)
-        assert app._residents.counts() == {"a": (0, 0)}  # still being brought up
-
-
-async def test_a_model_that_is_not_up_in_time_is_503(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(residents, "MAX_WAIT_S", 0.2)
-    async with serving(FakePool(a="building"), tmp_path) as app:
-        status, answer, _ = await call(app, body={"model": "a"})
-        assert status == 503
-        assert "not up within" in answer["error"]["message"]
+        assert app._residents.counts() == {}
+        assert pool.num_open == 0
 
 
 async def test_an_engine_built_anew_gets_a_new_frontend(tmp_path: Path) -> None:
@@ -450,22 +466,6 @@ async def test_the_frontend_unused_longest_is_closed(
             assert (await call(app, body={"model": name}))[0] == 200
         closed = {f.name: f.is_closed for f in pool.built}
         assert closed == {"a": False, "b": True, "c": False}
-
-
-async def test_an_engine_that_fell_asleep_under_late_requests_is_woken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(residents, "WATCH_S", 0.02)
-    monkeypatch.setattr(residents, "OVERDUE_S", 0.05)
-    pool = FakePool(a="ready")
-    async with serving(pool, tmp_path) as app:
-        await call(app, body={"model": "a"})
-        pool.turn("a", "asleep")
-        await asyncio.sleep(0.2)
-        assert pool.calls == []  # nobody wants it
-        pool.built[0].num_unfinished = 1
-        await asyncio.sleep(0.3)
-        assert [c[:2] for c in pool.calls] == [("wake_up", "a")]
 
 
 async def test_an_unreachable_pool_is_503(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_an_unknown_model_is_refused_with_those_there_are() -> None:
     refused = policy.admit(pool(awake("a"), asleep("b")), "c", NOW)
     assert refused is not None
     assert refused.is_unknown
-    assert "a, b" in refused.reason
+    assert "['a', 'b']" in refused.reason
 
 
 def test_a_full_queue_is_refused() -> None:
@@ -251,9 +251,17 @@ def test_the_rate_falls_while_nobody_calls() -> None:
     model = absent("a", last_call=NOW - 1, gap_s=1.0)
     assert policy.rate(model, NOW) == pytest.approx(1.0)
     assert policy.rate(model, NOW + 9) == pytest.approx(0.1)
-    assert policy.average_gap(absent("a"), NOW) == math.inf
-    assert policy.average_gap(replace(model, gap_s=math.inf), NOW) == 1.0
-    assert policy.average_gap(replace(model, last_call=NOW - 6), NOW) == 2.0
+    assert policy.average_gap(math.inf, -math.inf, NOW) == math.inf
+    assert policy.average_gap(math.inf, NOW - 1, NOW) == 1.0
+    assert policy.average_gap(1.0, NOW - 6, NOW) == pytest.approx(2.0)
+
+
+def test_calls_that_came_together_count_as_if_one_by_one() -> None:
+    gap_s, at = 5.0, NOW
+    for _ in range(4):
+        at += 0.5
+        gap_s = policy.average_gap(gap_s, at - 0.5, at)
+    assert policy.average_gap(5.0, NOW, NOW + 2, 4) == pytest.approx(gap_s)
 
 
 # ------------------------------------------------------------------ any sequence

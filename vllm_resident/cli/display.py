@@ -179,6 +179,9 @@ def _pool_line(status: PoolStatus) -> str:
             f", {status.num_protocol_errors} protocol errors, "
             f"{status.num_stale_messages} stale messages"
         )
+    if status.waiting:
+        waiting = ", ".join(f"{num} for {n}" for n, num in status.waiting.items())
+        head += f"\n[yellow]calls that wait[/]: {escape(waiting)}"
     return head
 
 

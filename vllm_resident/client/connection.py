@@ -29,9 +29,12 @@ from vllm_resident.errors import (
 )
 from vllm_resident.messages import (
     AttachFrontend,
+    AwaitEngine,
     CallFailed,
     CancelGenerate,
     DetachFrontend,
+    EndAwait,
+    EngineAwake,
     FromClient,
     FrontendAttached,
     Generate,
@@ -124,8 +127,7 @@ class Connection:
     ) -> AsyncGenerator[ToClientMessage]:
         """Send a command and yield its replies, up to and with the last.
 
-        However a generate call or an attachment is left before its end, the pool is
-        told.
+        However a call that stays open is left before its end, the pool is told.
         """
         queue: asyncio.Queue[ToClientMessage] = asyncio.Queue()
         self._calls[command.call] = queue
@@ -150,6 +152,12 @@ class Connection:
                 self._cancel(CancelGenerate(call=command.call))
             elif running and isinstance(command, AttachFrontend):
                 self._cancel(DetachFrontend(call=command.call))
+            elif running and isinstance(command, AwaitEngine):
+                self._cancel(EndAwait(call=command.call))
+
+    async def tell(self, message: FromClient) -> None:
+        """Send what is not answered."""
+        await self._send(message)
 
     async def close(self) -> None:
         """Disconnect; calls under way fail. No-op if already closed."""
@@ -259,7 +267,7 @@ def _is_last(reply: ToClient) -> bool:
     """Whether nothing follows this reply; not of `Progress`."""
     if isinstance(reply, GenerateOutput):
         return reply.done
-    return not isinstance(reply, FrontendAttached)
+    return not isinstance(reply, FrontendAttached | EngineAwake)
 
 
 def expect(expected: type[Reply], reply: ToClient) -> Reply:

@@ -21,9 +21,11 @@ from pathlib import Path
 
 import zmq
 
-from vllm_resident.config import CONFIG_VARIABLE, PoolConfig, read_pool
+from vllm_resident.config import CONFIG_VARIABLE, CallLimits, PoolConfig, read_pool
+from vllm_resident.controller.policy import Limits
 from vllm_resident.controller.pool import new_pool
 from vllm_resident.controller.service import Service
+from vllm_resident.controller.usage import Demand
 from vllm_resident.errors import ResidentError
 from vllm_resident.journal import Journal
 from vllm_resident.transport import (
@@ -121,6 +123,20 @@ def write_pool_file(path: Path, content: dict[str, object]) -> None:
     temporary.replace(path)
 
 
+def demand_of(config: PoolConfig) -> Demand:
+    """What pool.toml says of calls for models that are not awake."""
+    return Demand(
+        limits={name: _limits(each) for name, each in config.limits.items()},
+        default_limits=_limits(config.default_limits),
+        min_residency_s=config.min_residency_s,
+        drain_s=config.drain_s,
+    )
+
+
+def _limits(limits: CallLimits) -> Limits:
+    return Limits(limits.max_queue, limits.max_wait_s, limits.idle_ttl_s)
+
+
 def serve(options: argparse.Namespace) -> int:
     """Run one controller until it is told to end; returns the exit status."""
     config = read_pool(options.config) if options.config else PoolConfig()
@@ -143,6 +159,7 @@ def serve(options: argparse.Namespace) -> int:
     state.host_memory_bytes = config.host_memory_bytes
     state.device_memory_bytes = config.device_memory_bytes
     state.awake_per_rank = config.awake_per_rank
+    state.demand = demand_of(config)
     service = Service(pool, endpoint, Journal(directory), options.owner_pid)
     pool_file = directory / "pool.json"
     try:

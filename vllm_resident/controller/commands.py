@@ -11,8 +11,6 @@ from collections.abc import Collection
 import msgspec
 
 from vllm_resident.controller import engines, memory, planner, switches
-from vllm_resident.controller.effects import Note
-from vllm_resident.controller.memory import Demotion
 from vllm_resident.controller.planner import Placement, RankView, Resident
 from vllm_resident.controller.state import (
     PROGRESS_INTERVAL_S,
@@ -38,8 +36,6 @@ from vllm_resident.messages import (
 SwitchCommand = (
     LoadEngine | UnloadEngine | ApplyLayout | SleepEngine | WakeUpEngine | SwitchEngines
 )
-# How long the pool's own switches may take: demotions, and loads at its start.
-OWN_TIMEOUT_S = 600.0
 
 _STEADY = (EnginePhase.READY, EnginePhase.ASLEEP, EnginePhase.LOST)
 _DOING = {
@@ -76,14 +72,14 @@ def run(
 def load(
     state: PoolState, client: bytes | None, command: LoadEngine, now: float
 ) -> None:
-    spec = _checked(state, command.spec)
+    spec = checked(state, command.spec)
     _check_unused(state, spec)
     views = _views(state, taken_by=() if spec.asleep else _awake(state))
     placement = Placement(spec, planner.choose_ranks(spec, views))
     if not spec.asleep:
-        _check_together(state, [placement], leaving=())
+        check_together(state, [placement], leaving=())
     switch = _new_switch("load", client, command, now)
-    _add_load(state, switch, placement, command.timeout_s, now)
+    add_load(state, switch, placement, command.timeout_s, now)
     switches.begin(state, switch, now)
 
 
@@ -108,7 +104,7 @@ def apply(
     state: PoolState, client: bytes | None, command: ApplyLayout, now: float
 ) -> None:
     check_drain(command.drain_s)
-    wanted = [_checked(state, spec) for spec in command.engines]
+    wanted = [checked(state, spec) for spec in command.engines]
     for engine in state.engines.values():
         _check_steady(state, engine)
     current = {engine.name: engine for engine in state.engines.values()}
@@ -131,7 +127,7 @@ def apply(
     for name in plan.wake_up:
         switch.moves.append(Move(current[name], current[name].sleep_level, 0))
     for placement in plan.load:
-        _add_load(state, switch, placement, command.timeout_s, now)
+        add_load(state, switch, placement, command.timeout_s, now)
     pinned = {spec.name: spec.pinned for spec in wanted}
     for name in untouched:
         spec = current[name].spec
@@ -207,13 +203,11 @@ def switch(
         _check_not_lost(existing)
         if existing.sleep_level == 0:
             raise CommandRejected(f"engine {existing.name!r} is awake already")
-        _check_together(
-            state, [Placement(existing.spec, existing.ranks)], leaving=[old]
-        )
+        check_together(state, [Placement(existing.spec, existing.ranks)], leaving=[old])
         switch.moves.append(Move(existing, existing.sleep_level, 0))
     else:
         placement = _place_new(state, command.new, old)
-        _add_load(state, switch, placement, command.timeout_s, now)
+        add_load(state, switch, placement, command.timeout_s, now)
     switches.begin(state, switch, now)
 
 
@@ -227,49 +221,6 @@ def _check_keepable(state: PoolState, engine: Engine, level: int) -> None:
             f"({state.host_memory_bytes / 2**20:.0f} MiB) has room for: level 2 drops "
             "its weights"
         )
-
-
-def start_declared(state: PoolState, now: float) -> None:
-    """Once, when all ranks are there: load what pool.toml says."""
-    if state.was_started or not state.was_complete:
-        return
-    state.was_started = True
-    for spec in state.start_up:
-        command = LoadEngine(call=-1, spec=spec, timeout_s=OWN_TIMEOUT_S)
-        try:
-            load(state, None, command, now)
-        except CommandRejected as error:
-            state.effects.append(Note(f"not started: {error}"))
-
-
-def demote_for_budget(state: PoolState, now: float) -> None:
-    """Where sleepers keep more than the budget, the policy's choice goes deeper."""
-    if any(switch.action == "demote" for switch in state.switches):
-        return
-    chosen, _ = memory.over_budget(state, {})
-    if chosen:
-        demote(state, chosen, now)
-
-
-def demote(state: PoolState, chosen: list[Demotion], now: float) -> None:
-    """The pool's own switch: sleepers over the host-memory budget give it back."""
-    switch = Switch(
-        action="demote",
-        client=None,
-        call=-1,
-        started=now,
-        deadline=now + OWN_TIMEOUT_S,
-        next_progress=now,
-        moves=[_demotion_move(state, each) for each in chosen],
-        cause="host memory budget",
-    )
-    switches.begin(state, switch, now)
-
-
-def _demotion_move(state: PoolState, demotion: Demotion) -> Move:
-    engine = state.engine_named(demotion.name)
-    assert engine is not None
-    return Move(engine, engine.sleep_level, demotion.level)
 
 
 # ------------------------------------------------------------ parts of commands
@@ -290,7 +241,7 @@ def _new_switch(
     )
 
 
-def _add_load(
+def add_load(
     state: PoolState, switch: Switch, placement: Placement, timeout_s: float, now: float
 ) -> None:
     engine = engines.prepare(
@@ -308,7 +259,7 @@ def _add_load(
 def _place_new(state: PoolState, new: EngineSpec, old: Engine) -> Placement:
     """Where an engine goes that is to be loaded in the place of `old`: on its ranks if
     it names none and they are as many."""
-    spec = _checked(state, new)
+    spec = checked(state, new)
     _check_unused(state, spec)
     if spec.asleep:
         raise CommandRejected(
@@ -318,7 +269,7 @@ def _place_new(state: PoolState, new: EngineSpec, old: Engine) -> Placement:
         spec = msgspec.structs.replace(spec, ranks=list(old.ranks))
     views = _views(state, taken_by=[e for e in _awake(state) if e is not old])
     placement = Placement(spec, planner.choose_ranks(spec, views))
-    _check_together(state, [placement], leaving=[old])
+    check_together(state, [placement], leaving=[old])
     return placement
 
 
@@ -333,7 +284,7 @@ def _in_the_way(state: PoolState, engine: Engine) -> list[Engine]:
     return [e for e in awake if e.name in names]
 
 
-def _check_together(
+def check_together(
     state: PoolState, coming: list[Placement], leaving: Collection[Engine]
 ) -> None:
     awake = [
@@ -344,7 +295,7 @@ def _check_together(
     planner.check_together([*awake, *coming], state.awake_per_rank)
 
 
-def _checked(state: PoolState, spec: EngineSpec) -> EngineSpec:
+def checked(state: PoolState, spec: EngineSpec) -> EngineSpec:
     """The spec with its parallel sizes complete; raises what is wrong with it."""
     if not state.world_size:
         raise CommandRejected(

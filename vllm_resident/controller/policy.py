@@ -2,8 +2,8 @@
 
 Knows nothing of sockets, switches or clocks: it reads a `PoolView` that the controller
 draws of itself, `now` is handed in, and what it wants done is returned. The controller
-is to ask `admit` for each request and `decide` after each event and at `look_again_at`;
-so far `benchmarks/policy.py` does, and the gateway serves first come, first served.
+(`demand.py`) asks `admit` for each call that must wait, and `decide` after each event
+and at `look_again_at`; so does the simulator in `benchmarks/policy.py`.
 
 The rule, once: a waiting model comes up when its requests have together waited as long
 as the requests of what must sleep for it are expected to wait for that (as with skis:
@@ -15,7 +15,7 @@ all, and nobody for a model nobody calls. Busy engines have their `residency_s` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -37,6 +37,7 @@ class Phase(Enum):
     AWAKE = "awake"
     COMING = "coming"  # being loaded or woken, or waiting for what drains for it
     GOING = "going"  # draining or falling asleep
+    MOVING = "moving"  # neither: takes no place, and cannot come up now
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,14 @@ class _Option:
         return self.start_at + self.seconds
 
 
-def average_gap(model: ModelView, now: float) -> float:
-    """`gap_s` of a model that is called now."""
-    gap = now - model.last_call
-    if math.isinf(gap) or math.isinf(model.gap_s):
+def average_gap(
+    gap_s: float, last_call: float, now: float, num_calls: int = 1
+) -> float:
+    """`gap_s` of a model that has had so many calls since `last_call`, evenly."""
+    gap = (now - last_call) / num_calls
+    if math.isinf(gap) or math.isinf(gap_s):
         return gap
-    return model.gap_s + GAP_WEIGHT * (gap - model.gap_s)
+    return gap_s + (1 - (1 - GAP_WEIGHT) ** num_calls) * (gap - gap_s)
 
 
 def rate(model: ModelView, now: float) -> float:
@@ -228,12 +231,15 @@ def admit(pool: PoolView, name: str, now: float) -> Refused | None:
     """Why a request for the model `name` cannot be queued; None where it can."""
     model = next((m for m in pool.models if m.name == name), None)
     if model is None:
-        names = ", ".join(sorted(m.name for m in pool.models)) or "none"
-        return Refused(f"no model {name!r}: there are {names}", is_unknown=True)
+        return unknown_model(name, [m.name for m in pool.models])
     wait_s = expected_wait_s(pool, model, now)
     if math.isinf(wait_s):
         retry_s = fair_share_s(pool, model)
-        return Refused(f"model {name!r}: pinned or lost ranks leave no room", retry_s)
+        text = (
+            f"model {name!r}: no room: it needs {model.num_ranks} rank(s), there are "
+            f"{len(pool.ranks)} that are not lost, and pinned models stay"
+        )
+        return Refused(text, retry_s)
     limits = model.limits
     if limits.max_queue is not None and len(model.queue) >= limits.max_queue:
         text = f"model {name!r}: {len(model.queue)} requests wait (max_queue)"
@@ -247,6 +253,13 @@ def admit(pool: PoolView, name: str, now: float) -> Refused | None:
     return None
 
 
+def unknown_model(name: str, known: Iterable[str]) -> Refused:
+    """There is no such model: a caller is told which there are."""
+    there = sorted(known)
+    listing = f"there are {there}" if there else "the pool has none"
+    return Refused(f"no model {name!r}: {listing}", is_unknown=True)
+
+
 def expected_wait_s(pool: PoolView, model: ModelView, now: float) -> float:
     """Until a request that comes now is begun; infinite where no rank can be had."""
     ahead = model.in_flight + len(model.queue) + 1 - model.num_slots
@@ -256,7 +269,7 @@ def expected_wait_s(pool: PoolView, model: ModelView, now: float) -> float:
             return turn_s
         case Phase.COMING:
             return max(0.0, model.phase_until - now) + turn_s
-        case Phase.GOING:
+        case Phase.GOING | Phase.MOVING:
             return max(0.0, model.phase_until - now) + model.return_s + turn_s
     asked = replace(model, queue=(*model.queue, now))
     option = _best(_Scene.of(pool, now), asked, frozenset())

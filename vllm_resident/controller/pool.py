@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from vllm_resident.controller import (
     commands,
+    demand,
     engines,
     frontends,
+    own_switches,
     prefetch,
     ranks,
     reports,
@@ -35,11 +37,13 @@ from vllm_resident.errors import (
 from vllm_resident.messages import (
     AddRequest,
     AttachFrontend,
+    AwaitEngine,
     CallFailed,
     CancelGenerate,
     CheckpointRead,
     ClientMessage,
     DetachFrontend,
+    EndAwait,
     EngineBuilt,
     EngineClosed,
     EngineFailed,
@@ -59,6 +63,7 @@ from vllm_resident.messages import (
     PrefetchCheckpoint,
     Progress,
     RankMessage,
+    ReportCalls,
     RequestFailed,
     RequestOutput,
     RequestsAccepted,
@@ -66,6 +71,9 @@ from vllm_resident.messages import (
     StatusReported,
     ToRankMessage,
 )
+
+# What is never rejected and opens no call.
+AtOnce = GetStatus | CancelGenerate | DetachFrontend | EndAwait | ReportCalls
 
 
 class Pool:
@@ -94,6 +102,7 @@ class Pool:
         switches go on."""
         requests.client_gone(self.state, client)
         frontends.client_gone(self.state, client)
+        demand.client_gone(self.state, client)
         switches.client_gone(self.state, client)
         prefetch.client_gone(self.state, client)
         if stop := self.state.stop:
@@ -159,8 +168,19 @@ class Pool:
         requests.tick(state, now)
         frontends.settle(state, now)
         frontends.tick(state, now)
+        demand.tick(state, now)
         switches.tick(state, now)
         prefetch.tick(state, now)
+        return self._settle(now)
+
+    @property
+    def look_again_at(self) -> float:
+        """When there is something to decide, should nothing happen before."""
+        return self.state.demand.look_again_at
+
+    def look_again(self, now: float) -> list[Effect]:
+        """It is `look_again_at`."""
+        self.state.now = now
         return self._settle(now)
 
     def stop(self, timeout_s: float, now: float) -> list[Effect]:
@@ -171,20 +191,15 @@ class Pool:
     # -------------------------------------------------------- commands
 
     def _command(self, client: bytes, message: ClientMessage, now: float) -> None:
-        if isinstance(message, GetStatus):
-            status = reports.pool_status(self.state, now)
-            self.state.send_to_client(
-                client, StatusReported(call=message.call, status=status)
-            )
-            return
-        if isinstance(message, CancelGenerate):
-            requests.cancel(self.state, client, message.call)
-            return
-        if isinstance(message, DetachFrontend):
-            frontends.detach(self.state, client, message.call)
+        if isinstance(message, AtOnce):
+            self._at_once(client, message, now)
             return
         if self.state.stop is not None and not isinstance(message, ShutdownPool):
             raise CommandRejected(f"pool {self.state.name!r} is stopping")
+        if isinstance(message, AwaitEngine):
+            self._check_call(client, message.call)
+            demand.await_engine(self.state, client, message, now)
+            return
         check_timeout(message.timeout_s)
         self._check_call(client, message.call)
         if isinstance(message, commands.SwitchCommand):
@@ -202,11 +217,27 @@ class Pool:
                 assert self.state.stop is not None
                 self.state.stop.callers.append((client, message.call))
 
+    def _at_once(self, client: bytes, message: AtOnce, now: float) -> None:
+        state = self.state
+        match message:
+            case GetStatus(call=call):
+                status = reports.pool_status(state, now)
+                state.send_to_client(client, StatusReported(call=call, status=status))
+            case CancelGenerate(call=call):
+                requests.cancel(state, client, call)
+            case DetachFrontend(call=call):
+                frontends.detach(state, client, call)
+            case EndAwait(call=call):
+                demand.end(state, client, call)
+            case ReportCalls():
+                demand.note_calls(state, message, now)
+
     def _check_call(self, client: bytes, call: int) -> None:
         state = self.state
         calls = {(switch.client, switch.call) for switch in state.switches}
         calls |= {(request.client, request.call) for request in state.requests.values()}
         calls |= {(each.client, each.call) for each in state.frontends.values()}
+        calls |= state.demand.callers.keys()
         if (client, call) in calls or prefetch.is_call(state, client, call):
             raise CommandRejected(f"call number {call} is in use: number calls anew")
 
@@ -319,6 +350,7 @@ class Pool:
         for request in list(state.requests.values()):
             requests.fail(state, request, error)
         frontends.fail_all(state, error)
+        demand.fail_all(state, error)
         prefetch.fail_all(state, error)
         for switch in state.switches:
             answer = CallFailed(call=switch.call, error=error)
@@ -342,9 +374,11 @@ class Pool:
                 pass
             num_switches = len(state.switches)
             switches.restore(state, now)
-            commands.start_declared(state, now)
-            commands.demote_for_budget(state, now)
-        frontends.settle(state, now)
+            own_switches.start_declared(state, now)
+            own_switches.demote_for_budget(state, now)
+            # Frontends hear that an engine is awake before those who wait for it do.
+            frontends.settle(state, now)
+            demand.settle(state, now)
         return self._take()
 
     def _finish_stop(self, stop: Stop, now: float) -> None:

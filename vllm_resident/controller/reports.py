@@ -160,6 +160,7 @@ def pool_status(state: PoolState, now: float) -> PoolStatus:
         host_memory_bytes=state.host_memory_bytes,
         device_memory_bytes=state.device_memory_bytes,
         models=sorted(state.models),
+        waiting=state.demand.num_waiting(),
     )
 
 

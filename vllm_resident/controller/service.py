@@ -118,7 +118,8 @@ class Service:
     # ------------------------------------------------------------ events in
 
     def _round(self) -> None:
-        wait_s = max(0.0, self._next_tick - time.monotonic())
+        next_at = min(self._next_tick, self._pool.look_again_at)
+        wait_s = max(0.0, next_at - time.monotonic())
         ready = dict(self._poller.poll(math.ceil(wait_s * 1000)))
         # The dead first: what their peers say of it must find them lost.
         for fd in [fd for fd in ready if isinstance(fd, int)]:
@@ -129,6 +130,8 @@ class Service:
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_S
             self._tick()
+        if time.monotonic() >= self._pool.look_again_at:
+            self._do(self._pool.look_again(time.monotonic()))
 
     def _tick(self) -> None:
         if self._stop_asked:

@@ -18,6 +18,7 @@ from vllm_resident.controller.effects import (
     SendToClient,
     SendToRank,
 )
+from vllm_resident.controller.usage import Demand
 from vllm_resident.errors import ErrorInfo
 from vllm_resident.messages import (
     AddRequest,
@@ -302,6 +303,8 @@ class Switch:
     failed: Engine | None = None
     refusal: ErrorInfo | None = None
     is_undone: bool = False
+    # The model that is moved because it is called, or is not (`demand.py`).
+    on_demand: str = ""
     path: list[str] = field(default_factory=list)
     reports: list[EngineReport] = field(default_factory=list)
 
@@ -352,7 +355,11 @@ class PoolState:
     host_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
     awake_per_rank: int = 1
-    # Those to load, once, when the pool is complete (`commands.start_declared`).
+    # Who waits for a model, and what was learned of them all.
+    demand: Demand = field(default_factory=Demand)
+    # Switches that have ended and were not looked at (`demand.settle`).
+    ended: list[Switch] = field(default_factory=list)
+    # Those to load, once, when the pool is complete (`own_switches.start_declared`).
     start_up: list[EngineSpec] = field(default_factory=list)
     was_started: bool = False
     prefetches: list[Prefetch] = field(default_factory=list)

@@ -382,6 +382,7 @@ def _note_path(switch: Switch, step: str) -> None:
 
 def _finish(state: PoolState, switch: Switch, now: float) -> None:
     state.switches = [other for other in state.switches if other is not switch]
+    state.ended.append(switch)
     for move in switch.moves:
         if not switch.is_undone and move.after is not None:
             move.engine.home_level = move.after

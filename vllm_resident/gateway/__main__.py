@@ -28,6 +28,7 @@ from vllm_resident.gateway.attachment import Attachments
 from vllm_resident.gateway.connections import BoundedProtocol, Crowd, max_connections
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.residents import Residents
+from vllm_resident.gateway.turns import Turns
 from vllm_resident.transport import is_loopback, parse_http_address
 
 log = logging.getLogger("vllm_resident.gateway")
@@ -136,8 +137,9 @@ async def _serve(
     ) as client:
         build = partial(VllmFrontend.build, api_keys=options.api_key)
         attachments = Attachments(client.endpoint)
-        residents = Residents(client, attachments, build, directory)
         bodies = Bodies()
+        turns = Turns(attachments.connection)
+        residents = Residents(turns, attachments, build, directory)
         pool_routes = PoolRoutes(
             client, Keys(options.operator_key), bodies, is_open=is_loopback(host)
         )

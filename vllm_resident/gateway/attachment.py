@@ -21,7 +21,7 @@ class Attachments:
     """Makes attachments over a connection of its own; of one event loop."""
 
     def __init__(self, endpoint: str) -> None:
-        self._connection = Connection(endpoint, CONNECT_TIMEOUT_S)
+        self.connection = Connection(endpoint, CONNECT_TIMEOUT_S)
 
     async def attach(
         self,
@@ -39,13 +39,13 @@ class Attachments:
         changes. Leaving the iterator detaches.
         """
         command = AttachFrontend(
-            call=self._connection.next_call(),
+            call=self.connection.next_call(),
             engine=engine,
             input_address=input_address,
             output_address=output_address,
             timeout_s=ATTACH_TIMEOUT_S,
         )
-        replies = self._connection.replies(command, float("inf"), on_progress)
+        replies = self.connection.replies(command, float("inf"), on_progress)
         async with contextlib.aclosing(replies):
             async for reply in replies:
                 if isinstance(reply, FrontendAttached):
@@ -55,4 +55,4 @@ class Attachments:
 
     async def close(self) -> None:
         """Detach all that is attached. No-op if already closed."""
-        await self._connection.close()
+        await self.connection.close()

@@ -109,10 +109,6 @@ class VllmFrontend:
         assert self._app is not None
         return self._app
 
-    @property
-    def num_unfinished(self) -> int:
-        return self._llm.get_num_unfinished_requests()
-
     def fail(self) -> None:
         """End what still runs: the engine is gone, and nobody else would tell."""
         self._llm.output_processor.propagate_error(EngineDeadError())

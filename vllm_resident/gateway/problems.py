@@ -5,6 +5,7 @@ Pure: knows neither sockets nor vLLM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,8 +16,9 @@ from vllm_resident.errors import (
     RankFailure,
     ResidentError,
 )
+from vllm_resident.messages import EngineRefused
 
-# After so long a model that could not be brought up may be asked for again.
+# After so long it may be asked again, where nobody knows better.
 RETRY_AFTER_S = 5
 # OpenAI's names for what is wrong.
 _TYPES = {
@@ -74,9 +76,17 @@ def unknown_model(name: str, known: Iterable[str]) -> Problem:
     return Problem(404, f"no model {name!r}: {listing}", param="model")
 
 
-def unavailable(why: str) -> Problem:
+def unavailable(why: str, retry_after_s: float = RETRY_AFTER_S) -> Problem:
     """The model exists and cannot answer now."""
-    return Problem(503, why, headers={"Retry-After": str(RETRY_AFTER_S)})
+    seconds = max(1, math.ceil(retry_after_s))
+    return Problem(503, why, headers={"Retry-After": str(seconds)})
+
+
+def of_refusal(refused: EngineRefused) -> Problem:
+    """Why the pool does not bring a model up for a request."""
+    if refused.is_unknown:
+        return Problem(404, refused.reason, param="model")
+    return unavailable(refused.reason, refused.retry_after_s)
 
 
 def of_model(name: str, error: ResidentError) -> Problem:
