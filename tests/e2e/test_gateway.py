@@ -448,7 +448,9 @@ def test_up_http_serves_declared_models_and_ends_with_the_pool(
     arguments = {key: json.dumps(value) for key, value in ENGINE_ARGS.items()}
     lines = [f"model = {json.dumps(checkpoints['llama'])}"]
     lines += [f"{key} = {value}" for key, value in arguments.items()]
-    config.write_text("[models.tiny]\n" + "\n".join(lines))
+    tables = [f"[models.{name}]\n" + "\n".join(lines) for name in ("tiny", "other")]
+    limits = "[pool]\nmin_residency_s = 60\nmax_queue = 1\nidle_ttl_s = 2"
+    config.write_text("\n".join([limits, *tables]))
     with short_folder() as folder:
         environment = {**os.environ, "VLLM_RESIDENT_DIR": str(folder)}
 
@@ -474,6 +476,7 @@ def test_up_http_serves_declared_models_and_ends_with_the_pool(
                 timeout=120.0,
             )
             assert answer.status_code == 200, answer.text
+            check_limits(started["http"].removesuffix("/v1"))
         finally:
             run("shutdown")
         deadline = time.monotonic() + 30
@@ -484,6 +487,45 @@ def test_up_http_serves_declared_models_and_ends_with_the_pool(
             time.sleep(0.2)
         else:
             raise AssertionError("the gateway outlives its pool")
+
+
+def check_limits(url: str) -> None:
+    """One call waits for "other" while "tiny" is busy, a second is one too many; when
+    nobody calls any more, both fall asleep."""
+    answers: list[httpx.Response] = []
+    other = {"model": "other", "prompt": "hello", "max_tokens": 4}
+    busy = {"model": "tiny", "prompt": ["hi"] * 32, "stream": True, **LONG, **ENDLESS}
+    with httpx.Client(base_url=url, timeout=60.0) as http:
+
+        def ask() -> None:
+            answers.append(http.post("/v1/completions", json=other))
+
+        def wait_for(key: str, wanted: Any) -> None:
+            deadline = time.monotonic() + 20
+            while (found := _seen(http.get("/pool").json(), key)) != wanted:
+                assert time.monotonic() < deadline, found
+                time.sleep(0.05)
+
+        waiting = threading.Thread(target=ask)
+        with http.stream("POST", "/v1/completions", json=busy) as stream:
+            next(stream.iter_lines())
+            waiting.start()
+            wait_for("waiting", {"other": 1})
+            refused = http.post("/v1/completions", json=other)
+        assert refused.status_code == 503, refused.text
+        assert int(refused.headers["retry-after"]) > 0
+        assert "max_queue" in refused.json()["error"]["message"]
+        waiting.join(60)
+        assert [answer.status_code for answer in answers] == [200]
+        wait_for("phases", {"asleep"})
+
+
+def _seen(status: dict[str, Any], key: str) -> Any:
+    return (
+        status["waiting"]
+        if key == "waiting"
+        else {engine["phase"] for engine in status["engines"]}
+    )
 
 
 @contextmanager
