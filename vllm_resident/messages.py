@@ -590,12 +590,14 @@ class CloseEngine(ToRank, frozen=True, kw_only=True):
 
 class SuspendEngine(ToRank, frozen=True, kw_only=True):
     """Stop the engine at the same step on every rank and put it to sleep; what it still
-    had to do is aborted. Of an engine asleep at level 1: to level 2. Answered by
-    `EngineSuspended`."""
+    has to do may go on for `finish_s` seconds (a request that came when it was thought
+    to be idle), then it is aborted. Of an engine asleep at level 1: to level 2.
+    Answered by `EngineSuspended`."""
 
     generation: int
     level: int
     timeout_s: float
+    finish_s: float = 0.0
 
 
 class ResumeEngine(ToRank, frozen=True, kw_only=True):

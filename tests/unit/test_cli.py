@@ -465,6 +465,14 @@ def test_status_says_how_deep_an_engine_sleeps() -> None:
     assert "level" not in rendered(display.pool_tables(STATUS))
 
 
+def test_the_pool_table_says_who_is_waited_for() -> None:
+    status = msgspec.structs.replace(STATUS, waiting={"chat": 3, "tiny": 1})
+    assert "calls that wait: 3 for chat, 1 for tiny" in rendered(
+        display.pool_tables(status)
+    )
+    assert "wait" not in rendered(display.pool_tables(STATUS))
+
+
 def test_the_ledger_says_who_holds_what() -> None:
     rank = msgspec.structs.replace(
         RANK, num_sockets=11, num_process_groups=12, num_engines=13

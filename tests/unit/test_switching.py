@@ -228,7 +228,8 @@ def test_what_does_not_finish_in_time_is_aborted_by_the_leader():
     harness.heartbeats()
     assert not harness.to_ranks(SuspendEngine)
     harness.tick(1.5)
-    assert harness.to_ranks(SuspendEngine)
+    ((_, suspend),) = harness.to_ranks(SuspendEngine)
+    assert suspend.finish_s == 0.0
     # The leader's last words of it, before it says that it sleeps.
     aborted = Completion(0, 0, "x", [1], "abort")
     harness.rank(
@@ -236,6 +237,19 @@ def test_what_does_not_finish_in_time_is_aborted_by_the_leader():
     )
     (output,) = harness.to_clients(GenerateOutput)
     assert (output.call, output.completions[0].finish_reason) == (call, "abort")
+
+
+def test_what_came_when_it_was_thought_idle_may_finish_too():
+    """A frontend's request is on its way to the leader, which knows nothing of the
+    controller's decision: it has the rest of the draining time."""
+    harness = Harness()
+    harness.load_ready(spec("a"))
+    harness.frontend_requests("a", 1)
+    harness.sleep("a", drain_s=5)
+    harness.tick(2.0)
+    harness.frontend_requests("a", 0)
+    ((_, suspend),) = harness.to_ranks(SuspendEngine)
+    assert suspend.finish_s == 3.0
 
 
 def test_what_is_held_is_served_after_waking():

@@ -155,9 +155,16 @@ def undrain(state: PoolState, engine: Engine, now: float) -> None:
 
 
 def suspend(
-    state: PoolState, engine: Engine, level: int, deadline: float, now: float
+    state: PoolState,
+    engine: Engine,
+    level: int,
+    deadline: float,
+    now: float,
+    *,
+    finish_s: float = 0.0,
 ) -> None:
-    """Put an awake engine to sleep, or a sleeping one to a deeper level."""
+    """Put an awake engine to sleep, or a sleeping one to a deeper level. What its
+    leader has by then may go on for `finish_s`."""
     _set_in_motion(state, engine, EnginePhase.SUSPENDING, deadline, now)
     engine.suspended = {}
     timeout_s = max(deadline - now, MIN_TIMEOUT_S)
@@ -165,7 +172,10 @@ def suspend(
         state.send_to_rank(
             rank,
             SuspendEngine(
-                generation=engine.generation, level=level, timeout_s=timeout_s
+                generation=engine.generation,
+                level=level,
+                timeout_s=timeout_s,
+                finish_s=finish_s,
             ),
         )
 

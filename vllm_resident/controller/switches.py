@@ -364,7 +364,11 @@ def _put(
     if level is None:
         engines.close(state, move.engine, switch.deadline, now)
     else:
-        engines.suspend(state, move.engine, level, switch.deadline, now)
+        # A request may have been on its way when the last one ended.
+        finish_s = max(0.0, switch.drain_until - now) if move.before == 0 else 0.0
+        engines.suspend(
+            state, move.engine, level, switch.deadline, now, finish_s=finish_s
+        )
 
 
 def _is_at(move: Move) -> bool:

@@ -304,9 +304,12 @@ class RankLoop:
             # On every rank alike: they were built of the same arguments.
             self._fail(hosted.generation, error, "suspend")
             return
+        now = time.monotonic()
         hosted.suspension = Suspension(
             command.level,
-            time.monotonic() + command.timeout_s,
+            now + command.timeout_s,
+            # With time left to abort it.
+            now + min(command.finish_s, command.timeout_s / 2),
             PhaseClock(lambda phase: self._enter_phase(hosted, phase)),
             self._device.memory()[0],
         )
@@ -316,7 +319,8 @@ class RankLoop:
                 return
             hosted.suspension.clock.start("stop")
             if hosted.leader is not None:
-                self._serving.stop(hosted, hosted.suspension.deadline)
+                suspension = hosted.suspension
+                self._serving.stop(hosted, suspension.finish_by, suspension.deadline)
                 self._fall_asleep(hosted)
             else:
                 self._check_stop(hosted)

@@ -28,6 +28,8 @@ class Suspension:
 
     level: int
     deadline: float
+    # Until then what runs may go on; it is aborted after that.
+    finish_by: float
     clock: PhaseClock
     memory_before_bytes: int
 
@@ -168,13 +170,16 @@ class Serving:
             hosted.leader.settle()
         return True
 
-    def stop(self, hosted: Hosted, deadline: float) -> None:
-        """On the leader: abort what is left, step until nothing is in flight on any
-        rank, then tell the followers that this was the last step. Blocks; raises
-        `RankTimeout` at the deadline."""
+    def stop(self, hosted: Hosted, finish_by: float, deadline: float) -> None:
+        """On the leader: finish what runs, abort what still does at `finish_by`, step
+        until nothing is in flight on any rank, then tell the followers that this was
+        the last step. Takes nothing in meanwhile: what comes is there when it is awake
+        again. Blocks; raises `RankTimeout` at the deadline."""
         engine, leader = hosted.engine, hosted.leader
         assert engine is not None
         assert leader is not None
+        while hosted.has_work and time.monotonic() < finish_by:
+            self._lead(hosted)
         self.end_requests(hosted)
         while hosted.has_work:
             if time.monotonic() > deadline:
