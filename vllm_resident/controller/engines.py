@@ -13,17 +13,15 @@ import msgspec
 from vllm_resident.controller import reports, requests
 from vllm_resident.controller.state import (
     ENGINE_BUILT,
-    ENGINE_GONE,
     ENGINE_MOVING,
     Engine,
     EnginePhase,
     PoolState,
-    Rank,
     log_engine,
     move_engine,
     note_progress,
 )
-from vllm_resident.errors import ErrorInfo, RankFailure, RankLost, RankTimeout
+from vllm_resident.errors import ErrorInfo
 from vllm_resident.messages import (
     BuildEngine,
     CloseEngine,
@@ -48,18 +46,16 @@ MIN_TIMEOUT_S = 1.0
 # The peers of a rank that dies may report their broken connection before the kernel
 # reports the death: so long an engine's failed step waits to be blamed on the dead.
 BLAME_S = 1.0
-MAX_RESTORES = 3
 
-_LOADING = (EnginePhase.PREPARING, EnginePhase.PREPARED, EnginePhase.BUILDING)
-_WORD = {
+LOADING = (EnginePhase.PREPARING, EnginePhase.PREPARED, EnginePhase.BUILDING)
+WORD = {
     EnginePhase.PREPARING: "prepare",
     EnginePhase.BUILDING: "build",
     EnginePhase.SUSPENDING: "sleep",
     EnginePhase.RESUMING: "wake_up",
 }
-_P = EnginePhase
 # Errors that say by themselves what happened: a rank lost later did not cause them.
-_CONCLUSIVE = ("CommandRejected", "RankDiverged", "RankLost", "RankTimeout",
+CONCLUSIVE = ("CommandRejected", "RankDiverged", "RankLost", "RankTimeout",
                "ReleaseIncomplete")  # fmt: skip
 
 
@@ -211,11 +207,11 @@ def unwind(
     move_engine(state, engine, EnginePhase.UNWINDING, now)
     note_progress(state, engine, "unwind", now)
     reason = error.message if error else "a rank was lost"
-    _drop(state, engine, holders, reason, now)
-    _settle(state, engine, now)
+    drop(state, engine, holders, reason, now)
+    settle(state, engine, now)
 
 
-def _drop(
+def drop(
     state: PoolState, engine: Engine, ranks: Iterable[int], reason: str, now: float
 ) -> None:
     engine.waiting = {rank for rank in ranks if state.is_attached(rank)}
@@ -229,7 +225,7 @@ def _drop(
         )
 
 
-def _settle(state: PoolState, engine: Engine, now: float) -> None:
+def settle(state: PoolState, engine: Engine, now: float) -> None:
     """Move on when the last missing answer is there."""
     if engine.waiting:
         return
@@ -333,11 +329,11 @@ def on_resumed(
 def on_closed(
     state: PoolState, engine: Engine, message: EngineClosed, now: float
 ) -> bool:
-    if message.rank not in engine.waiting or engine.phase in _LOADING:
+    if message.rank not in engine.waiting or engine.phase in LOADING:
         return False
     engine.closed[message.rank] = message
     engine.waiting.discard(message.rank)
-    _settle(state, engine, now)
+    settle(state, engine, now)
     return True
 
 
@@ -348,10 +344,10 @@ def on_failed(
     error = _complete(engine, message)
     if engine.phase is EnginePhase.SUSPENDING and error.kind == "CommandRejected":
         _on_refused(state, engine, message.rank, error, now)
-    elif engine.phase in _LOADING:
+    elif engine.phase in LOADING:
         unwind(state, engine, error, now)
     elif engine.phase in ENGINE_BUILT:
-        engine.keeps_failure = not _is_new(state, engine)
+        engine.keeps_failure = not is_new(state, engine)
         _blame_requests(state, engine, error, now)
         unwind(state, engine, error, now)
     elif engine.phase is EnginePhase.CLOSING:
@@ -360,7 +356,7 @@ def on_failed(
         # The answer to DropEngine of a rank that could not give everything back.
         engine.error = engine.error or error
         engine.waiting.discard(message.rank)
-        _settle(state, engine, now)
+        settle(state, engine, now)
 
 
 def _on_refused(
@@ -380,7 +376,7 @@ def _on_refused(
         undrain(state, engine, now)
 
 
-def _is_new(state: PoolState, engine: Engine) -> bool:
+def is_new(state: PoolState, engine: Engine) -> bool:
     """Whether a running switch brings it: its caller is told of the failure."""
     switch = state.switch_of(engine)
     move = switch.moves_to(engine) if switch else None
@@ -389,7 +385,7 @@ def _is_new(state: PoolState, engine: Engine) -> bool:
 
 def _complete(engine: Engine, message: EngineFailed) -> ErrorInfo:
     error = message.error
-    phase = error.phase or _WORD.get(engine.phase, engine.phase.value)
+    phase = error.phase or WORD.get(engine.phase, engine.phase.value)
     return msgspec.structs.replace(
         error,
         rank=message.rank if error.rank is None else error.rank,
@@ -402,122 +398,9 @@ def _blame_requests(
     state: PoolState, engine: Engine, error: ErrorInfo, now: float
 ) -> None:
     """Fail the requests, or wait a moment for the loss that may have caused this."""
-    if len(engine.ranks) == 1 or error.kind in _CONCLUSIVE:
+    if len(engine.ranks) == 1 or error.kind in CONCLUSIVE:
         requests.fail_all(state, engine.generation, error)
         return
     is_local = all(state.ranks[rank].local for rank in engine.ranks)
     wait_s = BLAME_S if is_local else state.heartbeat_timeout_s + BLAME_S
     engine.fail_requests_at = now + wait_s
-
-
-# ------------------------------------------------------------ losses and deadlines
-
-
-def on_rank_lost(
-    state: PoolState,
-    engine: Engine,
-    rank: Rank,
-    what: str,
-    now: float,
-    *,
-    evicted: bool,
-) -> None:
-    """A rank of the engine is gone. An engine that served is kept as LOST."""
-    engine.waiting.discard(rank.rank)
-    error = _loss(engine, rank, what)
-    if engine.phase in ENGINE_BUILT:
-        _lose(state, engine, error, now)
-    elif engine.phase in _LOADING:
-        if _is_restorable(engine):
-            _lose(state, engine, error, now)
-        else:
-            unwind(state, engine, error, now)
-    elif engine.phase is EnginePhase.CLOSING:
-        # What is asked for is that it goes; the others must not wait for the dead.
-        unwind(state, engine, None, now)
-    elif engine.phase is EnginePhase.UNWINDING and not evicted and _echoes(engine):
-        # What failed the engine was the loss: only its echo came first.
-        engine.error = error
-        if _is_restorable(engine):
-            requests.fail_all(state, engine.generation, error)
-            engine.keeps_failure = False
-            move_engine(state, engine, EnginePhase.LOST, now)
-    if engine.phase not in ENGINE_GONE:
-        _settle(state, engine, now)
-
-
-def _is_restorable(engine: Engine) -> bool:
-    """It served, or is being restored and has not failed at that too often."""
-    if engine.ready_at is not None:
-        return engine.close_began is None
-    return 0 < engine.num_restores < MAX_RESTORES
-
-
-def _echoes(engine: Engine) -> bool:
-    return engine.error is not None and engine.error.kind not in _CONCLUSIVE
-
-
-def _loss(engine: Engine, rank: Rank, what: str) -> ErrorInfo:
-    message = (
-        f"rank {rank.rank} (pid {rank.pid} on {rank.host}) of engine {engine.name!r} "
-        f"is lost: {what}"
-    )
-    phase = _WORD.get(engine.phase, engine.phase.value)
-    return RankLost(
-        message, rank=rank.rank, generation=engine.generation, phase=phase
-    ).to_info()
-
-
-def _lose(state: PoolState, engine: Engine, error: ErrorInfo, now: float) -> None:
-    requests.fail_all(state, engine.generation, error)
-    engine.error = error
-    move_engine(state, engine, EnginePhase.LOST, now)
-    _drop(state, engine, engine.ranks, error.message, now)
-
-
-def expire(
-    state: PoolState, engine: Engine, now: float
-) -> tuple[set[int], RankFailure | None]:
-    """Act on the engine's deadline. Returns the ranks that must be evicted, because
-    they did not even give the engine up, and the error that says so."""
-    if engine.fail_requests_at is not None and now >= engine.fail_requests_at:
-        engine.fail_requests_at = None
-        if engine.error:
-            requests.fail_all(state, engine.generation, engine.error)
-    if engine.deadline is None or now < engine.deadline:
-        return set(), None
-    if engine.phase in _LOADING:
-        unwind(state, engine, _too_late(engine, now).to_info(), now)
-        return set(), None
-    if engine.phase in (EnginePhase.SUSPENDING, EnginePhase.RESUMING):
-        engine.keeps_failure = not _is_new(state, engine)
-        unwind(state, engine, _too_late(engine, now).to_info(), now)
-        return set(), None
-    error = _too_late(engine, now)
-    engine.error = engine.error or error.to_info()
-    return set(engine.waiting), error
-
-
-def _too_late(engine: Engine, now: float) -> RankTimeout:
-    word = _WORD.get(engine.phase, engine.phase.value)
-    names = sorted(engine.waiting)
-    if engine.phase is EnginePhase.PREPARED:
-        text = f"engine {engine.name!r}: its ranks were not free in time"
-    elif engine.phase in ENGINE_MOVING - {_P.CLOSING, _P.UNWINDING}:
-        began = engine.started if engine.phase in _LOADING else engine.since
-        text = (
-            f"engine {engine.name!r}: rank(s) {names} did not finish {word!r} (last "
-            f"phase {engine.progress[-1] if engine.progress else word!r}) within "
-            f"{now - began:.1f} s"
-        )
-    else:
-        text = (
-            f"engine {engine.name!r}: rank(s) {names} did not give it up within "
-            f"{now - engine.since:.1f} s and were told to exit"
-        )
-    return RankTimeout(
-        text,
-        rank=names[0] if names else None,
-        generation=engine.generation,
-        phase=engine.progress[-1] if engine.progress else word,
-    )

@@ -11,6 +11,7 @@ from vllm_resident.controller import (
     demand,
     engines,
     frontends,
+    losses,
     own_switches,
     prefetch,
     ranks,
@@ -330,7 +331,7 @@ class Pool:
         for engine in list(state.engines.values()):
             if engine.phase in ENGINE_GONE:
                 continue  # ended by what happened to an engine before it
-            silent, error = engines.expire(state, engine, now)
+            silent, error = losses.expire(state, engine, now)
             for rank in sorted(silent):
                 if error is not None and state.is_attached(rank):
                     ranks.evict(state, state.ranks[rank], error, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_resident.controller import engines, prefetch
+from vllm_resident.controller import engines, losses, prefetch
 from vllm_resident.controller.effects import Note, WatchProcess
 from vllm_resident.controller.state import Engine, PoolState, Rank, RankPhase, move_rank
 from vllm_resident.errors import RankFailure
@@ -169,7 +169,7 @@ def lose(
     prefetch.on_rank_lost(state, rank, now)
     for engine in list(state.engines.values()):
         if rank.rank in engine.ranks:
-            engines.on_rank_lost(state, engine, rank, what, now, evicted=evicted)
+            losses.on_rank_lost(state, engine, rank, what, now, evicted=evicted)
 
 
 def evict(state: PoolState, rank: Rank, error: RankFailure, now: float) -> None:
