@@ -335,6 +335,7 @@ def test_draining_lets_a_stream_finish_and_later_ones_wait(
         5,
         "the draining",
     )
+    time.sleep(0.2)  # the gateway has heard it, too: before, it would be served here
     late = threading.Thread(target=gateway.complete, args=(chat,))
     late.start()
     pieces += list(stream)
