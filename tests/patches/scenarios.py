@@ -190,6 +190,7 @@ def pipeline(models: list[str]) -> dict[str, Any]:
     from vllm_resident.patching import FLAGS
 
     _activate(FLAGS)
+    import torch
     import torch.distributed as dist
     from vllm import LLM
     from vllm.distributed import parallel_state as ps
@@ -208,8 +209,11 @@ def pipeline(models: list[str]) -> dict[str, Any]:
             )
             group = ps.get_pp_group() if "pipeline" in size else ps.get_tp_group()
             reports[size] = {
+                "shares_memory": hasattr(torch.ops._C, "init_shm_manager"),
                 "tokens": _tokens(llm),
-                "segments": group.device_communicator.dist_module.group_name,
+                "segments": getattr(
+                    group.device_communicator.dist_module, "group_name", None
+                ),
                 "names": _names(token),
                 "mapped": _num_mapped(f"{token}-{size}"),
             }

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from examples.checkpoints import REPO_ROOT, cache_folder
+from tests.conftest import NO_SHARED_MEMORY
 
 pytestmark = pytest.mark.timeout(400)
 _MODELS = ["llama", "qwen3"]
@@ -224,6 +225,8 @@ def test_shared_memory_leaves_no_names(scenarios: Scenarios) -> None:
     names = {"pipeline_parallel_size": "pp:0", "tensor_parallel_size": "tp:0"}
     for report in scenarios.pipeline():
         for size, group in names.items():
+            if not report[size]["shares_memory"]:
+                pytest.skip(NO_SHARED_MEMORY)
             owner = f"{scenarios.segments}-{size}"
             assert report[size]["segments"] == f"{owner}-{group}-[0-1]-cpushm"
             assert report[size]["names"] == []

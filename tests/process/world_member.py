@@ -192,7 +192,12 @@ def similar_identities() -> dict[str, Any]:
     meet("similar_identities")
     right = sums(other)
     other.close()
-    return {"before": before, "after": after, "sums": right}
+    return {
+        "shares_memory": hasattr(torch.ops._C, "init_shm_manager"),
+        "before": before,
+        "after": after,
+        "sums": right,
+    }
 
 
 def _aborting(world: World, moments: list[float]) -> None:
