@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import LOAD_PHASES, failing_engine
 from tests.e2e.pools import (
     ENGINE_ARGS,
     SAMPLING,
@@ -19,26 +18,9 @@ from tests.e2e.pools import (
     running_pool,
     wait_until,
 )
-from vllm_resident import Client, RankFailure, RankLost, RankTimeout, ResidentError
+from vllm_resident import Client, RankLost, RankTimeout, ResidentError
 
 LONG = {"temperature": 0.0, "max_tokens": 240, "ignore_eos": True}
-
-
-@pytest.mark.parametrize("phase", LOAD_PHASES)
-def test_a_load_that_fails_on_one_rank_unwinds_on_all(
-    phase: str, pool: Client, checkpoints: dict[str, str]
-) -> None:
-    name = failing_engine(1, phase)
-    before = pids(pool)
-    with pytest.raises(RankFailure) as raised:
-        pool.load(name, checkpoints["llama"], ranks=[0, 1], **ENGINE_ARGS)
-    assert raised.value.rank == 1
-    assert raised.value.phase == phase
-    assert "declared fault" in str(raised.value)
-    assert pool.status().engines == [] or pool.status().engines[0].phase == "failed"
-    pool.load("next", checkpoints["qwen2"], ranks=[0, 1], **ENGINE_ARGS)
-    assert pool.generate("next", "hello", SAMPLING)
-    assert pids(pool) == before
 
 
 class Streaming(threading.Thread):

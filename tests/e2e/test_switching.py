@@ -5,18 +5,12 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import (
-    LOAD_PHASES,
-    SLEEP_PHASES,
-    WAKE_PHASES,
-    failing_engine,
-)
 from tests.e2e.pools import (
     ARCHITECTURES,
     ENGINE_ARGS,
@@ -26,7 +20,7 @@ from tests.e2e.pools import (
     ranks_at_rest,
     running_pool,
 )
-from vllm_resident import Client, CommandRejected, EngineSpec, RankFailure
+from vllm_resident import Client, CommandRejected, EngineSpec
 
 Reference = Callable[[str], list[list[int]]]
 LONG = {"temperature": 0.0, "max_tokens": 200, "ignore_eos": True}
@@ -201,94 +195,6 @@ def test_what_goes_serves_while_what_comes_is_staged(
     assert pool.generate("new", "The capital of France is", max_tokens=1, temperature=0)
 
 
-# ------------------------------------------------------------ failures
-
-
-@pytest.mark.parametrize("how", ["switch", "stage", "apply"])
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", LOAD_PHASES)
-def test_a_switch_whose_load_fails_leaves_what_was_there(
-    phase: str,
-    rank: int,
-    how: str,
-    pool: Client,
-    checkpoints: dict[str, str],
-    reference: Reference,
-) -> None:
-    load(pool, spec("old", "llama", "tensor", checkpoints))
-    before = pool.status().engines[0].generation
-    wanted = spec(failing_engine(rank, phase), "qwen2", "tensor", checkpoints)
-    ways: dict[str, Callable[[], object]] = {
-        "apply": lambda: pool.apply([wanted]),
-        "switch": lambda: pool.switch("old", wanted),
-        "stage": lambda: pool.switch("old", wanted, strategy="stage"),
-    }
-    with pytest.raises(RankFailure) as raised:
-        ways[how]()
-    assert (raised.value.rank, raised.value.phase) == (rank, phase)
-    assert phases(pool) == {"old": ("ready", 0)}
-    assert pool.status().engines[0].generation == before
-    assert tokens(pool, "old") == reference("llama")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", SLEEP_PHASES)
-def test_a_sleep_that_fails_leaves_what_was_there(
-    phase: str,
-    rank: int,
-    pool: Client,
-    checkpoints: dict[str, str],
-    reference: Reference,
-) -> None:
-    name = failing_engine(rank, phase)
-    level = 2 if phase == "free_weights" else 1
-    load(pool, spec(name, "llama", "tensor", checkpoints))
-    with pytest.raises(RankFailure) as raised:
-        pool.sleep(name, level=level)
-    assert raised.value.rank == rank
-    assert phases(pool) == {name: ("ready", 0)}
-    assert tokens(pool, name) == reference("llama")
-    # The same where it has to make way.
-    load(pool, spec("other", "qwen2", "left", checkpoints, asleep=True))
-    again = pool.wake_up if level == 1 else partial(pool.sleep, level=2)
-    with pytest.raises(RankFailure):
-        again("other" if level == 1 else name)
-    assert phases(pool) == {name: ("ready", 0), "other": ("asleep", 1)}
-    assert tokens(pool, name) == reference("llama")
-
-
-@pytest.mark.parametrize("how", ["wake_up", "switch"])
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", WAKE_PHASES)
-def test_a_wake_that_fails_leaves_what_was_there(
-    phase: str,
-    rank: int,
-    how: str,
-    pool: Client,
-    checkpoints: dict[str, str],
-    reference: Reference,
-) -> None:
-    name = failing_engine(rank, phase)
-    load(pool, spec(name, "qwen2", "tensor", checkpoints))
-    pool.sleep(name, level=2 if phase == "read_weights" else 1)
-    load(pool, spec("old", "llama", "tensor", checkpoints))
-    wake = partial(pool.switch, "old") if how == "switch" else pool.wake_up
-    with pytest.raises(RankFailure) as raised:
-        wake(name)
-    assert raised.value.rank == rank
-    assert phases(pool)["old"] == ("ready", 0)
-    assert phases(pool)[name][0] == "asleep"
-    assert tokens(pool, "old") == reference("llama")
-
-
-def test_nothing_is_left_of_all_this(pool: Client) -> None:
-    """After the failures above, in whatever order they came."""
-    for rank in ranks_at_rest(pool):
-        assert rank.num_engines == 0
-        assert rank.num_process_groups == 0
-        assert rank.num_shm_segments == 0
-
-
 # ------------------------------------------------------------ memory
 
 
@@ -332,43 +238,105 @@ def test_sleepers_stay_within_the_host_memory_budget(
 # ------------------------------------------------------------ many, for long
 
 
-def take_random_steps(
-    pool: Client, checkpoints: dict[str, str], reference: Reference, num_steps: int
-) -> None:
-    """Twelve engines of four architectures in three layouts, any of them any time."""
-    choose = random.Random(num_steps)
-    models = [model for model in ARCHITECTURES if model != "mixtral"]
-    engines = {
-        f"{model}-{layout}": spec(
-            f"{model}-{layout}", model, layout, checkpoints, asleep=True
-        )
-        for model in models
-        for layout in ("left", "right", "tensor")
-    }
-    pool.apply(list(engines.values()))
-    before = pids(pool)
-    for step in range(num_steps):
-        name = choose.choice(sorted(engines))
-        phase, level = phases(pool)[name]
-        act = choose.choice(["sleep", "deepen", "wake", "wake"])
-        if act == "sleep" and phase == "ready":
-            pool.sleep(name, level=choose.choice([1, 2]))
-        elif act == "deepen" and (phase, level) == ("asleep", 1):
-            pool.sleep(name, level=2)
-        else:
-            pool.wake_up(name)
-        for each in [n for n, (p, _) in phases(pool).items() if p == "ready"]:
-            expected = reference(each.rpartition("-")[0])
-            assert tokens(pool, each) == expected, (step, act, each)
-    assert len(phases(pool)) == len(engines)
-    assert pids(pool) == before
+class Crowd:
+    """Twelve engines of four architectures in three layouts, all resident: takes
+    random commands and checks after each what those that are awake generate."""
+
+    def __init__(
+        self, pool: Client, checkpoints: dict[str, str], reference: Reference, seed: int
+    ) -> None:
+        self._pool = pool
+        self._checkpoints = checkpoints
+        self._reference = reference
+        self._choose = random.Random(seed)
+        self._names = [
+            f"{model}-{layout}"
+            for model in ARCHITECTURES
+            if model != "mixtral"
+            for layout in ("left", "right", "tensor")
+        ]
+        self.num_taken: Counter[str] = Counter()
+
+    def take_steps(self, num_steps: int) -> None:
+        self._apply([])
+        before = pids(self._pool)
+        ways = {
+            "sleep": self._sleep,
+            "wake_up": self._wake_up,
+            "switch": self._switch,
+            "apply": self._apply_some,
+        }
+        for step in range(num_steps):
+            way = self._choose.choice(sorted(ways))
+            self.num_taken[way] += ways[way]()
+            now = phases(self._pool)
+            assert sorted(now) == sorted(self._names)
+            for name in [n for n, (phase, _) in now.items() if phase == "ready"]:
+                expected = self._reference(name.partition("-")[0])
+                assert tokens(self._pool, name) == expected, (step, way, name)
+        assert pids(self._pool) == before
+
+    def _levels(self) -> dict[str, int]:
+        return {name: level for name, (_, level) in phases(self._pool).items()}
+
+    def _sleep(self) -> bool:
+        """One that is awake, or a sleeper that goes deeper."""
+        level = self._choose.choice([1, 2])
+        fit = [name for name, at in sorted(self._levels().items()) if at < level]
+        if fit:
+            self._pool.sleep(self._choose.choice(fit), level=level)
+        return bool(fit)
+
+    def _wake_up(self) -> bool:
+        self._pool.wake_up(self._choose.choice(self._names))
+        return True
+
+    def _switch(self) -> bool:
+        """From one that is awake to one that has its place, whatever else is awake."""
+        levels = self._levels()
+        awake = sorted(name for name, level in levels.items() if not level)
+        if not awake:
+            return False
+        old = self._choose.choice(awake)
+        fit = [
+            name
+            for name, level in sorted(levels.items())
+            if level and all(other == old or apart(name, other) for other in awake)
+        ]
+        if fit:
+            self._pool.switch(old, self._choose.choice(fit))
+        return bool(fit)
+
+    def _apply_some(self) -> bool:
+        """A random layout of those that may be awake together."""
+        awake: list[str] = []
+        for name in self._choose.sample(self._names, 3):
+            if all(apart(name, other) for other in awake):
+                awake.append(name)
+        self._apply(awake)
+        return True
+
+    def _apply(self, awake: list[str]) -> None:
+        specs = []
+        for name in self._names:
+            model, _, layout = name.partition("-")
+            asleep = name not in awake
+            specs.append(spec(name, model, layout, self._checkpoints, asleep=asleep))
+        self._pool.apply(specs)
+
+
+def apart(one: str, other: str) -> bool:
+    ranks = (LAYOUTS[name.partition("-")[2]][0] for name in (one, other))
+    return set(next(ranks)).isdisjoint(next(ranks))
 
 
 @pytest.mark.timeout(400)
 def test_twelve_engines_take_turns(
     pool: Client, checkpoints: dict[str, str], reference: Reference
 ) -> None:
-    take_random_steps(pool, checkpoints, reference, 25)
+    crowd = Crowd(pool, checkpoints, reference, seed=4)
+    crowd.take_steps(25)
+    assert set(crowd.num_taken) == {"sleep", "wake_up", "switch", "apply"}
 
 
 @pytest.mark.slow
@@ -376,11 +344,14 @@ def test_twelve_engines_take_turns(
 def test_five_hundred_steps_leave_nothing_behind(
     pool: Client, checkpoints: dict[str, str], reference: Reference
 ) -> None:
-    take_random_steps(pool, checkpoints, reference, 30)
+    crowd = Crowd(pool, checkpoints, reference, seed=5)
+    crowd.take_steps(30)
     at_first = ranks_at_rest(pool)
-    take_random_steps(pool, checkpoints, reference, 470)
+    crowd.take_steps(500)
     for was, now in zip(at_first, ranks_at_rest(pool), strict=True):
         assert now.num_file_descriptors <= was.num_file_descriptors + 2
         assert now.num_threads <= was.num_threads + 2
         assert now.num_shm_segments <= was.num_shm_segments
+        assert now.num_process_groups <= was.num_process_groups
+        assert now.num_engines == was.num_engines
         assert now.memory_used_bytes <= 1.05 * was.memory_used_bytes
