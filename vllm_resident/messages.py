@@ -414,7 +414,7 @@ class RankGauges(msgspec.Struct, frozen=True):
 class Hello(FromRank, frozen=True, kw_only=True):
     """A rank introduces itself, once per process and after a controller restart.
 
-    `incarnation` counts the launcher's restarts; `host_id` is equal on ranks that share
+    `incarnation` counts its restarts; `host_id` is equal on ranks that share
     a kernel and pid namespace; `engine_arg_names` are the fields of vLLM's EngineArgs,
     so that the controller can refuse an unknown one without importing vLLM.
     """
@@ -575,10 +575,12 @@ class PrepareEngine(ToRank, frozen=True, kw_only=True):
 
 
 class BuildEngine(ToRank, frozen=True, kw_only=True):
-    """Form the world and build the engine that was prepared."""
+    """Form the world and build the engine that was prepared; its ranks are on several
+    machines if it `spans_machines`."""
 
     generation: int
     timeout_s: float
+    spans_machines: bool = False
 
 
 class CloseEngine(ToRank, frozen=True, kw_only=True):

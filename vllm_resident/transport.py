@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket as sockets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import zmq
 
+from vllm_resident import keys
 from vllm_resident.errors import CommandRejected, ProtocolError
+from vllm_resident.keys import PoolKey
 from vllm_resident.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 
 GREETING = b"vllm-resident/%d" % PROTOCOL_VERSION
@@ -101,6 +104,53 @@ def open_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
     return socket
 
 
+def bind(socket: zmq.Socket[Any], endpoint: str, key: PoolKey | None = None) -> str:
+    """Listen at `endpoint`; returns where that is, exactly. With a key, TCP is for
+    those that hold it (the context must be `keys.guarded`); `zmq.ZMQError` where it
+    cannot be."""
+    if is_tcp(endpoint):
+        keys.lock(socket, key, listens=True)
+    socket.bind(endpoint)
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def connect(socket: zmq.Socket[Any], endpoint: str, key: PoolKey | None = None) -> None:
+    """The other side of `bind`. Returns at once, whether anybody listens or not."""
+    if is_tcp(endpoint):
+        keys.lock(socket, key, listens=False)
+    socket.connect(endpoint)
+
+
+def is_tcp(endpoint: str) -> bool:
+    return endpoint.startswith("tcp://")
+
+
+def own_address(endpoint: str) -> str:
+    """The address under which the machine that listens at `endpoint` (tcp://) sees this
+    one: `VLLM_HOST_IP`, vLLM's own variable for it, or that of the way there."""
+    if address := os.environ.get("VLLM_HOST_IP"):
+        return address
+    host, port = _host_and_port(endpoint)
+    try:
+        family, kind, _, _, there = sockets.getaddrinfo(
+            host, int(port), type=sockets.SOCK_DGRAM
+        )[0]
+        with sockets.socket(family, kind) as probe:
+            probe.connect(there)  # nothing is sent
+            own: str = probe.getsockname()[0]
+            return own
+    except OSError as error:
+        raise CommandRejected(
+            f"no way from here to {endpoint}: {error}; VLLM_HOST_IP says which address "
+            "of this machine others reach"
+        ) from error
+
+
+def tcp_endpoint(address: str) -> str:
+    """Of a listener at `address` that takes any free port."""
+    return f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*"
+
+
 def host_id() -> str:
     """Equal in two processes exactly when they share a kernel and a pid namespace,
     so that a pid of the one means the same process to the other (Linux)."""
@@ -152,22 +202,26 @@ def controller_endpoint(pool: str) -> str:
     return unix_endpoint(pool_directory(pool) / "controller.sock")
 
 
-def check_bindable(endpoint: str) -> None:
-    """Refuse an endpoint that would listen beyond this machine."""
+def check_bindable(endpoint: str, *, has_key: bool = False) -> None:
+    """Refuse an endpoint that would listen beyond this machine without a key."""
     if endpoint.startswith("ipc://"):
         return
+    host, _ = _host_and_port(endpoint)
+    if not (has_key or re.fullmatch(r"localhost|::1|127(\.\d{1,3}){3}", host)):
+        raise CommandRejected(
+            f"endpoint {endpoint!r} listens beyond this machine, which takes a key: "
+            "`vllm-resident key FILE` makes one, --key-file or "
+            f"{keys.KEY_FILE_VARIABLE} names it"
+        )
+
+
+def _host_and_port(endpoint: str) -> tuple[str, str]:
     match = re.fullmatch(r"tcp://(\[[^\]]+\]|[^:]+):(\d+|\*)", endpoint)
     if match is None:
         raise CommandRejected(
             f"endpoint {endpoint!r}: use ipc:///path/to.sock or tcp://127.0.0.1:PORT"
         )
-    host = match.group(1)
-    is_loopback = re.fullmatch(r"localhost|\[::1\]|127(\.\d{1,3}){3}", host)
-    if not is_loopback:
-        raise CommandRejected(
-            f"endpoint {endpoint!r} listens beyond this machine; only loopback "
-            "addresses and unix sockets are supported without keys"
-        )
+    return match[1].strip("[]"), match[2]
 
 
 def parse_http_address(text: str) -> tuple[str, int]:

@@ -75,13 +75,14 @@ class FakeStore:
 
 def connect(folder: Path, context: zmq.Context[Any]) -> tuple[Any, Any]:
     """(the leader's line, the follower's), connected as a rank does it."""
-    from vllm_resident.rank import lockstep
+    from vllm_resident.rank.lines import Lines
 
     store = FakeStore()
     address = f"ipc://{folder}/plan-7-1.sock"
     store.set("plan/1", address)
-    following = lockstep.follow(context, 1, store)
-    (leading,) = lockstep.lead(context, folder, 7, store, 1)
+    lines = Lines(context, folder)
+    following = lines.follow(1, store)
+    (leading,) = lines.lead(7, store, 1)
     return leading, following
 
 
@@ -313,6 +314,7 @@ def test_lead_and_follow_connect(tmp_path: Path) -> None:
 def test_a_plan_sent_right_before_the_end_still_arrives(tmp_path: Path) -> None:
     """The stop plan behind others that the follower has not come round to read."""
     from vllm_resident.rank import lockstep
+    from vllm_resident.rank.lines import Lines
 
     store = FakeStore()
     store.set("plan/1/sent", b"1")
@@ -321,7 +323,7 @@ def test_a_plan_sent_right_before_the_end_still_arrives(tmp_path: Path) -> None:
         following.setsockopt(zmq.RCVHWM, 1)
         following.connect(f"ipc://{tmp_path}/plan-7-1.sock")
         following.send(b"here")
-        (leading,) = lockstep.lead(context, tmp_path, 7, store, 1)
+        (leading,) = Lines(context, tmp_path).lead(7, store, 1)
         leader = lockstep.Leader(FakeEngineCore(), [leading])
         follower = lockstep.Follower(FakeEngineCore(), following)
         for number in range(50):
@@ -339,14 +341,14 @@ def test_a_plan_sent_right_before_the_end_still_arrives(tmp_path: Path) -> None:
 def test_a_follower_that_never_connects_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_resident.rank import lockstep
+    from vllm_resident.rank import lines
 
-    monkeypatch.setattr(lockstep, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(lines, "CONNECT_TIMEOUT_S", 0.1)
     store = FakeStore()
     store.set("plan/1/sent", b"1")
     with (
         zmq.Context() as context,
         pytest.raises(RankTimeout, match="follower 1 of generation 7"),
     ):
-        lockstep.lead(context, tmp_path, 7, store, 1)
+        lines.Lines(context, tmp_path).lead(7, store, 1)
     assert not list(tmp_path.glob("*.sock"))

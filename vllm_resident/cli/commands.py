@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from typing import Any
 
 import msgspec
 
-from vllm_resident import config, doctor
+from vllm_resident import config, doctor, keys
 from vllm_resident.cli import display, parser, patch, trace, up, watch
 from vllm_resident.cli.output import Output
 from vllm_resident.client import Client
 from vllm_resident.client.connection import resolve_endpoint, somebody_listens
 from vllm_resident.errors import CommandRejected, PoolUnreachable
+from vllm_resident.keys import KEY_FILE_VARIABLE
 from vllm_resident.launch import default_num_ranks
 from vllm_resident.messages import Completion, EngineSpec, SwitchReport
 
@@ -32,8 +34,13 @@ _CONNECT_TIMEOUT_NOBODY_S = 1.0
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Do what was asked; returns the exit code."""
+    if arguments.key_file:
+        # Also for what is started from here.
+        os.environ[KEY_FILE_VARIABLE] = str(Path(arguments.key_file).resolve())
     if arguments.command == "up":
         return up.up(arguments, output)
+    if arguments.command == "key":
+        return _key(arguments, output)
     if arguments.command == "doctor":
         return _doctor(arguments, output)
     if arguments.command == "patch":
@@ -42,6 +49,13 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         return trace.run(arguments, output)
     with connect(arguments) as client:
         return _COMMANDS[arguments.command](client, arguments, output)
+
+
+def _key(arguments: argparse.Namespace, output: Output) -> int:
+    path = Path(arguments.file)
+    keys.create(path)
+    output.result({"key_file": str(path)}, f"a new key is in {path}")
+    return parser.OK
 
 
 def connect(arguments: argparse.Namespace) -> Client:

@@ -97,7 +97,7 @@ def _build() -> tuple[Parser, dict[str, Parser]]:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    main.set_defaults(pool="default", controller=None, json=False)
+    main.set_defaults(pool="default", controller=None, key_file=None, json=False)
     _add_common(main)
     commands = main.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
@@ -135,6 +135,7 @@ def _build() -> tuple[Parser, dict[str, Parser]]:
     _add_apply(add("apply", "make the pool hold exactly the engines of a layout file"))
     _add_trace(add("trace", "make a timeline of the pool's switches"))
     _add_shutdown(add("shutdown", "unload every engine and end the pool"))
+    _add_key(add("key", "make the key of a pool on several machines"))
     _add_doctor(add("doctor", "say what is wrong with this machine's set-up"))
     _add_patch(add("patch", "look after the patches to vLLM"))
     return main, built
@@ -153,6 +154,13 @@ def _add_common(parser: Parser) -> None:
         default=argparse.SUPPRESS,
         help="its controller, where it is elsewhere, such as tcp://127.0.0.1:5555 "
         "(default: $VLLM_RESIDENT_CONTROLLER, else the pool's own)",
+    )
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="the key of a pool on several machines, made by `vllm-resident key` "
+        "(default: $VLLM_RESIDENT_KEY_FILE)",
     )
     parser.add_argument(
         "--json",
@@ -432,6 +440,14 @@ def _add_apply(parser: Parser) -> None:
 
 def _add_shutdown(parser: Parser) -> None:
     _add_timeout(parser, 60.0, "it")
+
+
+def _add_key(parser: Parser) -> None:
+    parser.epilog = (
+        "Copy the file to every machine of the pool, readable by you alone; whoever\n"
+        "has it may do all that the pool can. Starting such a pool: docs/MACHINES.md."
+    )
+    parser.add_argument("file", metavar="FILE", help="where to write it")
 
 
 def _add_doctor(parser: Parser) -> None:

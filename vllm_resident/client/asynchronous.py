@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from vllm_resident import config
+from vllm_resident import config, keys
 from vllm_resident.client.connection import (
     Connection,
     OnProgress,
@@ -58,8 +58,9 @@ class AsyncClient:
     """A client of the pool for asyncio code; any number of tasks of one event loop.
 
     `controller` is the endpoint; without it `VLLM_RESIDENT_CONTROLLER`, and without
-    that the socket of the pool called `pool` on this machine. `timeout_s` holds for
-    calls that name no deadline of their own; `connect_timeout_s` is how long the first
+    that the socket of the pool called `pool` on this machine. `key_file` holds the key
+    of a pool on several machines (default: `VLLM_RESIDENT_KEY_FILE`). `timeout_s` is
+    for calls that name no deadline of their own, `connect_timeout_s` how long the first
     answer to a call may take. Nothing is sent before the first call; the client belongs
     to the event loop that makes it.
 
@@ -74,11 +75,14 @@ class AsyncClient:
         controller: str | None = None,
         *,
         pool: str = "default",
+        key_file: str | Path | None = None,
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
     ) -> None:
         self._connection = Connection(
-            resolve_endpoint(controller, pool), connect_timeout_s
+            resolve_endpoint(controller, pool),
+            connect_timeout_s,
+            keys.read(key_file) if key_file else keys.of_environment(),
         )
         self._timeout_s = timeout_s
 

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -73,12 +74,14 @@ class Client:
         controller: str | None = None,
         *,
         pool: str = "default",
+        key_file: str | Path | None = None,
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
     ) -> None:
         self._client = AsyncClient(
             controller,
             pool=pool,
+            key_file=key_file,
             timeout_s=timeout_s,
             connect_timeout_s=connect_timeout_s,
         )

@@ -27,6 +27,7 @@ from vllm_resident.errors import (
     ProtocolError,
     from_info,
 )
+from vllm_resident.keys import PoolKey
 from vllm_resident.messages import (
     AttachFrontend,
     AwaitEngine,
@@ -89,11 +90,14 @@ class Connection:
     """Calls to the controller at `endpoint`, from the tasks of one event loop.
 
     Connects at the first call. `connect_timeout_s` is how long the first answer to a
-    call may take.
+    call may take; `key` is the pool's, where the endpoint is on another machine.
     """
 
-    def __init__(self, endpoint: str, connect_timeout_s: float) -> None:
+    def __init__(
+        self, endpoint: str, connect_timeout_s: float, key: PoolKey | None = None
+    ) -> None:
         self.endpoint = endpoint
+        self.key = key
         self.connect_timeout_s = connect_timeout_s
         self._numbers = itertools.count(1)
         self._calls: dict[int, asyncio.Queue[ToClientMessage]] = {}
@@ -227,7 +231,7 @@ class Connection:
         self._context = zmq.asyncio.Context()
         self._socket = transport.open_socket(self._context, zmq.DEALER)
         try:
-            self._socket.connect(self.endpoint)
+            transport.connect(self._socket, self.endpoint, self.key)
         except zmq.ZMQError as error:
             self._socket.close()
             self._socket = None

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import zmq
 
+from vllm_resident import keys
 from vllm_resident.config import CONFIG_VARIABLE, CallLimits, PoolConfig, read_pool
 from vllm_resident.controller.policy import Limits
 from vllm_resident.controller.pool import new_pool
@@ -28,6 +29,7 @@ from vllm_resident.controller.service import Service
 from vllm_resident.controller.usage import Demand
 from vllm_resident.errors import ResidentError
 from vllm_resident.journal import Journal
+from vllm_resident.keys import KEY_FILE_VARIABLE
 from vllm_resident.transport import (
     check_bindable,
     controller_endpoint,
@@ -61,8 +63,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--bind", metavar="ENDPOINT",
-        help="ipc:///path/to.sock, or tcp://127.0.0.1:PORT (* takes a free port); "
+        help="ipc:///path/to.sock, or tcp://127.0.0.1:PORT (* takes a free port), or "
+        "with a key any address; "
         "default: controller.sock in the pool's folder, which only this user may enter",
+    )  # fmt: skip
+    parser.add_argument(
+        "--key-file", metavar="FILE", default=os.environ.get(KEY_FILE_VARIABLE),
+        help="the pool's key (`vllm-resident key FILE` makes one), which peers over "
+        f"TCP must hold too (default: ${KEY_FILE_VARIABLE})",
     )  # fmt: skip
     parser.add_argument(
         "--config", metavar="POOL.toml", default=os.environ.get(CONFIG_VARIABLE),
@@ -142,7 +150,8 @@ def serve(options: argparse.Namespace) -> int:
     config = read_pool(options.config) if options.config else PoolConfig()
     directory = ensure_private(pool_directory(options.pool))
     endpoint = options.bind or controller_endpoint(options.pool)
-    check_bindable(endpoint)
+    key = keys.read(options.key_file) if options.key_file else None
+    check_bindable(endpoint, has_key=key is not None)
     lock = take_lock(directory)
     check_unused(endpoint)
     session = secrets.token_hex(4)
@@ -160,7 +169,8 @@ def serve(options: argparse.Namespace) -> int:
     state.device_memory_bytes = config.device_memory_bytes
     state.awake_per_rank = config.awake_per_rank
     state.demand = demand_of(config)
-    service = Service(pool, endpoint, Journal(directory), options.owner_pid)
+    state.has_key = key is not None
+    service = Service(pool, endpoint, Journal(directory), options.owner_pid, key)
     pool_file = directory / "pool.json"
     try:
         for number in (signal.SIGTERM, signal.SIGINT):

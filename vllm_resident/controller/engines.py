@@ -109,12 +109,15 @@ def build(state: PoolState, engine: Engine, now: float) -> None:
     engine.waiting = set(engine.ranks)
     engine.build_began = now
     note_progress(state, engine, "build", now)
+    greetings = [state.ranks[rank].hello for rank in engine.ranks]
+    hosts = {hello.host_id for hello in greetings if hello is not None}
     for rank in engine.ranks:
         state.send_to_rank(
             rank,
             BuildEngine(
                 generation=engine.generation,
                 timeout_s=max(engine.deadline - now, MIN_TIMEOUT_S),
+                spans_machines=len(hosts) > 1,
             ),
         )
 

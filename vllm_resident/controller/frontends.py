@@ -35,7 +35,7 @@ def attach(
 ) -> None:
     """Have the engine's leader connect; raises what the caller is answered."""
     for address in (command.input_address, command.output_address):
-        check_bindable(address)
+        check_bindable(address, has_key=state.has_key)
     engine = state.engine_named(command.engine)
     if engine is None:
         names = sorted(e.name for e in state.engines.values())

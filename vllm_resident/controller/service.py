@@ -6,6 +6,7 @@ anything: an event is handed to `Pool`, what comes back is done.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from vllm_resident import keys
 from vllm_resident.controller.effects import (
     Effect,
     Note,
@@ -29,6 +31,7 @@ from vllm_resident.controller.effects import (
 from vllm_resident.controller.pool import Pool
 from vllm_resident.errors import ProtocolError, ResidentError
 from vllm_resident.journal import Journal, Transition
+from vllm_resident.keys import PoolKey
 from vllm_resident.messages import (
     CallFailed,
     ClientMessage,
@@ -36,7 +39,13 @@ from vllm_resident.messages import (
     RankMessage,
     ToController,
 )
-from vllm_resident.transport import Decoder, encode, open_socket, peek_call
+from vllm_resident.transport import (
+    Decoder,
+    bind,
+    encode,
+    open_socket,
+    peek_call,
+)
 
 TICK_S = 0.25
 # After so many messages the loop looks at processes and the clock again.
@@ -60,11 +69,16 @@ class Service:
     """Binds `endpoint`; `run` returns the exit status. Not reusable, one thread.
 
     Every transition goes to `journal`. With `owner_pid`, the pool is stopped when that
-    process ends.
+    process ends; with a `key`, peers over TCP must hold it too.
     """
 
     def __init__(
-        self, pool: Pool, endpoint: str, journal: Journal, owner_pid: int | None = None
+        self,
+        pool: Pool,
+        endpoint: str,
+        journal: Journal,
+        owner_pid: int | None = None,
+        key: PoolKey | None = None,
     ) -> None:
         self._pool = pool
         self._journal = journal
@@ -79,12 +93,13 @@ class Service:
         if self._owner_fd is not None:
             self._poller.register(self._owner_fd, zmq.POLLIN)
         self._context: zmq.Context[Any] = zmq.Context()
+        self._guard = contextlib.ExitStack()
+        self._guard.enter_context(keys.guarded(self._context, key))
         self._socket = open_socket(self._context, zmq.ROUTER)
         # A restarted rank must get its name back from a connection that is not yet
         # known to be dead.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._socket.bind(endpoint)
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = bind(self._socket, endpoint, key)
         self._poller.register(self._socket, zmq.POLLIN)
 
     def ask_stop(self) -> None:
@@ -113,6 +128,7 @@ class Service:
         self._watched.clear()
         self._owner_fd = None
         self._socket.close(linger=FAREWELL_MS)
+        self._guard.close()
         self._context.term()
 
     # ------------------------------------------------------------ events in

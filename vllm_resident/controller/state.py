@@ -342,6 +342,8 @@ class PoolState:
     controller_pid: int
     started: float
     heartbeat_timeout_s: float
+    # Whether peers on other machines may be told to listen to each other.
+    has_key: bool = False
     world_size: int = 0  # 0: no rank has said Hello yet
     was_complete: bool = False
     ranks: dict[int, Rank] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
-from vllm_resident import patching, transport
+from vllm_resident import keys, patching, transport
 from vllm_resident.client import AsyncClient
 from vllm_resident.client.connection import ENDPOINT_VARIABLE
 from vllm_resident.errors import CommandRejected, ResidentError
@@ -27,8 +27,10 @@ from vllm_resident.gateway.asgi import Bodies, Keys
 from vllm_resident.gateway.attachment import Attachments
 from vllm_resident.gateway.connections import BoundedProtocol, Crowd, max_connections
 from vllm_resident.gateway.pool_routes import PoolRoutes
-from vllm_resident.gateway.residents import Residents
+from vllm_resident.gateway.relay import Relay
+from vllm_resident.gateway.residents import MakeRelay, Residents
 from vllm_resident.gateway.turns import Turns
+from vllm_resident.keys import KEY_FILE_VARIABLE, PoolKey
 from vllm_resident.transport import is_loopback, parse_http_address
 
 log = logging.getLogger("vllm_resident.gateway")
@@ -61,6 +63,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--controller",
         metavar="ENDPOINT",
         help=f"default: ${ENDPOINT_VARIABLE}, else the pool's own",
+    )
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        default=os.environ.get(KEY_FILE_VARIABLE),
+        help="the key of a pool on several machines (`vllm-resident key FILE` makes "
+        f"one; default: ${KEY_FILE_VARIABLE})",
     )
     parser.add_argument(
         "--api-key",
@@ -121,25 +130,34 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         patching.activate()
         directory = transport.ensure_private(transport.pool_directory(options.pool))
+        key = keys.read(options.key_file) if options.key_file else None
     except ResidentError as error:
         sys.stderr.write(f"vllm_resident.gateway: {error}\n")
         return 2
-    return asyncio.run(_serve(options, host, port, directory))
+    return asyncio.run(_serve(options, host, port, directory, key))
 
 
 async def _serve(
-    options: argparse.Namespace, host: str, port: int, directory: Path
+    options: argparse.Namespace,
+    host: str,
+    port: int,
+    directory: Path,
+    key: PoolKey | None,
 ) -> int:
     from vllm_resident.gateway.frontend import VllmFrontend
 
     async with AsyncClient(
-        options.controller, pool=options.pool, connect_timeout_s=CONNECT_TIMEOUT_S
+        options.controller,
+        pool=options.pool,
+        key_file=options.key_file,
+        connect_timeout_s=CONNECT_TIMEOUT_S,
     ) as client:
         build = partial(VllmFrontend.build, api_keys=options.api_key)
-        attachments = Attachments(client.endpoint)
+        attachments = Attachments(client.endpoint, key)
         bodies = Bodies()
         turns = Turns(attachments.connection)
-        residents = Residents(turns, attachments, build, directory)
+        relay = _relay(client.endpoint, key)
+        residents = Residents(turns, attachments, build, directory, relay)
         pool_routes = PoolRoutes(
             client, Keys(options.operator_key), bodies, is_open=is_loopback(host)
         )
@@ -166,6 +184,14 @@ async def _serve(
                 await residents.close()
                 await attachments.close()
     return 0 if server.started else 1
+
+
+def _relay(endpoint: str, key: PoolKey | None) -> MakeRelay | None:
+    """What makes relays where leaders may be on other machines: the controller is
+    reached over TCP, with a key."""
+    if key is None or not transport.is_tcp(endpoint):
+        return None
+    return partial(Relay, address=transport.own_address(endpoint), key=key)
 
 
 def _stop_on_signals(server: Server) -> None:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from vllm_resident.client.connection import Connection, OnProgress, expect
+from vllm_resident.keys import PoolKey
 from vllm_resident.messages import AttachFrontend, FrontendAttached, FrontendDetached
 
 # The leader may be in the middle of a build.
@@ -20,8 +21,8 @@ CONNECT_TIMEOUT_S = 10.0
 class Attachments:
     """Makes attachments over a connection of its own; of one event loop."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.connection = Connection(endpoint, CONNECT_TIMEOUT_S)
+    def __init__(self, endpoint: str, key: PoolKey | None = None) -> None:
+        self.connection = Connection(endpoint, CONNECT_TIMEOUT_S, key)
 
     async def attach(
         self,

@@ -25,6 +25,7 @@ from vllm_resident.errors import PoolUnreachable, ResidentError
 from vllm_resident.gateway import problems
 from vllm_resident.gateway.asgi import App, Disconnected
 from vllm_resident.gateway.attachment import Attachments
+from vllm_resident.gateway.relay import Relay
 from vllm_resident.gateway.turns import Turns
 from vllm_resident.messages import (
     EngineAwake,
@@ -64,6 +65,10 @@ class Frontend(Protocol):
 # What builds one: of an engine's spec, at two addresses. Blocks, on a thread of its
 # own; the leader has connected already.
 Build = Callable[[EngineSpec, str, str], Frontend]
+
+
+# What makes one, for leaders on other machines, of the same two addresses.
+MakeRelay = Callable[[str, str], Relay]
 
 
 @dataclass
@@ -110,11 +115,13 @@ class Residents:
         attachments: Attachments,
         build: Build,
         directory: Path,
+        relay: MakeRelay | None = None,
     ) -> None:
         self._turns = turns
         self._attachments = attachments
         self._build = build
         self._directory = directory
+        self._relay = relay
         self._served: dict[str, Served] = {}
         # vLLM's configuration keeps state in the process: one at a time.
         self._building = asyncio.Lock()
@@ -306,9 +313,13 @@ class Residents:
         def on_progress(progress: Progress) -> None:
             served.phase = progress.phase
 
-        replies = self._attachments.attach(served.name, into, out, on_progress)
         try:
-            async with contextlib.aclosing(replies):
+            async with (
+                self._reachable(into, out) as addresses,
+                contextlib.aclosing(
+                    self._attachments.attach(served.name, *addresses, on_progress)
+                ) as replies,
+            ):
                 async for reply in replies:
                     if isinstance(reply, FrontendAttached):
                         served.phase = reply.phase
@@ -328,6 +339,18 @@ class Residents:
             frontend.fail()
             frontend.close()
         self._forget_if_unused(served)
+
+    @asynccontextmanager
+    async def _reachable(self, into: str, out: str) -> AsyncIterator[tuple[str, str]]:
+        """The two addresses as the leader is to be told them, while it is attached."""
+        if self._relay is None:
+            yield into, out
+            return
+        relay = await asyncio.to_thread(self._relay, into, out)
+        try:
+            yield relay.input_address, relay.output_address
+        finally:
+            await asyncio.to_thread(relay.close)
 
     async def _release(self, served: Served) -> None:
         """Detach and close its frontend, if there is one."""

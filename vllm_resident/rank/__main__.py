@@ -1,7 +1,8 @@
 """One rank of a pool: `torchrun --nproc-per-node N -m vllm_resident.rank`.
 
-Prepares the process (cores, logs, environment) before torch is imported, joins the
-pool's controller or starts an embedded one, and runs the command loop.
+What torchrun starts is the rank's supervisor. The rank itself prepares its process
+(cores, logs, environment) before torch is imported, joins the pool's controller or
+starts an embedded one, and runs the command loop.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from vllm_resident import transport
+from vllm_resident import keys, transport
 from vllm_resident.config import CONFIG_VARIABLE, read_pool
 from vllm_resident.errors import PatchError, ResidentError
+from vllm_resident.keys import KEY_FILE_VARIABLE, PoolKey
+from vllm_resident.rank import supervisor
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.prepare import prepare_process
 
@@ -54,6 +57,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="what the pool may hold and how much of it, for the controller that rank "
         f"0 starts (default: ${CONFIG_VARIABLE})",
     )
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        default=os.environ.get(KEY_FILE_VARIABLE),
+        help="the key of a pool on several machines (`vllm-resident key FILE` makes "
+        f"one; default: ${KEY_FILE_VARIABLE})",
+    )
+    parser.add_argument(
+        "--no-supervisor",
+        dest="supervisor",
+        action="store_false",
+        help="be the rank itself: when it dies, torchrun restarts all ranks. Without "
+        "this, a process beside each rank starts it anew, alone",
+    )
     return parser.parse_args(argv)
 
 
@@ -67,9 +84,13 @@ def main() -> int:
     if missing:
         _say(f"{', '.join(missing)} not set: start ranks with torchrun")
         return 2
+    if arguments.supervisor:
+        command = supervisor.rank_command(sys.argv[1:])
+        return supervisor.supervise(command, _say)
     try:
         directory = transport.ensure_private(transport.pool_directory(arguments.pool))
         endpoint = arguments.controller or _embedded_endpoint(arguments.pool)
+        key = keys.read(arguments.key_file) if arguments.key_file else None
     except ResidentError as error:
         _say(str(error))
         return 2
@@ -90,7 +111,7 @@ def main() -> int:
             _say(str(error), terminal)
             return 2
     try:
-        status = _run(rank, device, endpoint, directory, terminal)
+        status = _run(rank, device, endpoint, key, directory, terminal)
     # Whatever keeps this rank from starting: the person at the terminal sees no log.
     except Exception as error:
         log.exception("event=failed rank=%d", rank)
@@ -142,7 +163,7 @@ def _start_controller(pool: str, directory: Path, config: str | None) -> None:
         read_pool(
             config
         )  # the person at the terminal does not see the controller's log
-    launcher = os.getppid()
+    launcher = supervisor.launcher_pid()
     deadline = time.monotonic() + CONTROLLER_START_S
     process: subprocess.Popen[bytes] | None = None
     while time.monotonic() < deadline:
@@ -191,12 +212,17 @@ def _spawn_controller(
 
 
 def _run(
-    rank: int, device: Device, endpoint: str, directory: Path, terminal: int
+    rank: int,
+    device: Device,
+    endpoint: str,
+    key: PoolKey | None,
+    directory: Path,
+    terminal: int,
 ) -> int:
     since = time.monotonic()
     from vllm_resident.rank.boot import boot
 
-    loop, control = boot(rank, device, endpoint, directory, STORE_TIMEOUT_S)
+    loop, control = boot(rank, device, endpoint, key, directory, STORE_TIMEOUT_S)
     # The control thread acts on the wake-up byte; Python's handlers run on the main
     # thread, which may be inside a collective that never ends.
     signal.set_wakeup_fd(control.signal_fd, warn_on_full_buffer=False)

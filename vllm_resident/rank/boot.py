@@ -15,18 +15,25 @@ import vllm
 from vllm.platforms import current_platform
 
 from vllm_resident import shm
+from vllm_resident.keys import PoolKey
 from vllm_resident.messages import PROTOCOL_VERSION, Hello, RankGauges
-from vllm_resident.rank import ledger
+from vllm_resident.rank import ledger, supervisor
 from vllm_resident.rank.control import Control
-from vllm_resident.rank.device import Device
+from vllm_resident.rank.device import Device, messaging_context
 from vllm_resident.rank.engine import engine_arg_names, warm_up
+from vllm_resident.rank.lines import Lines
 from vllm_resident.rank.loop import RankLoop
 from vllm_resident.rank.world import connect_store
 from vllm_resident.transport import host_id
 
 
 def boot(
-    rank: int, device: Device, endpoint: str, directory: Path, store_timeout_s: float
+    rank: int,
+    device: Device,
+    endpoint: str,
+    key: PoolKey | None,
+    directory: Path,
+    store_timeout_s: float,
 ) -> tuple[RankLoop, Control]:
     """The rank's loop and its control thread, not started yet. Blocks for the store."""
     if current_platform.device_type != device.type:
@@ -36,9 +43,9 @@ def boot(
         )
     device.activate()
     warm_up(device)
-    owner = shm.owner_token(os.getppid())
+    owner = shm.owner_token(supervisor.launcher_pid())
     world_size = int(os.environ["WORLD_SIZE"])
-    incarnation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    incarnation = supervisor.incarnation()
     names = engine_arg_names()
     store = connect_store(store_timeout_s)
 
@@ -63,8 +70,9 @@ def boot(
             generations=loop.generations(),
         )
 
-    control = Control(rank, incarnation, endpoint, hello, gauges)
-    loop = RankLoop(rank, device, store, control, directory, owner)
+    control = Control(rank, incarnation, endpoint, hello, gauges, key)
+    lines = Lines(messaging_context(), directory, endpoint, key)
+    loop = RankLoop(rank, device, store, control, lines, owner)
     gc.collect()
     gc.freeze()
     return loop, control

@@ -40,9 +40,10 @@ from vllm_resident.messages import (
 )
 from vllm_resident.rank import mapping, prefetch
 from vllm_resident.rank.device import messaging_context, roam
-from vllm_resident.transport import Decoder, encode, open_socket
+from vllm_resident.transport import Decoder, connect, encode, open_socket
 
 if TYPE_CHECKING:
+    from vllm_resident.keys import PoolKey
     from vllm_resident.rank.world import World
 
 log = logging.getLogger("vllm_resident.rank")
@@ -101,6 +102,7 @@ class Control(threading.Thread):
         endpoint: str,
         hello: Callable[[], Hello],
         gauges: Callable[[], RankGauges],
+        key: PoolKey | None = None,
     ) -> None:
         super().__init__(name="control", daemon=True)
         self.inbox = Mailbox()
@@ -109,6 +111,7 @@ class Control(threading.Thread):
         self._rank = rank
         self._incarnation = incarnation
         self._endpoint = endpoint
+        self._key = key
         self._hello = hello
         self._gauges = gauges
         self._launcher = os.getppid()
@@ -169,7 +172,7 @@ class Control(threading.Thread):
         context = messaging_context()
         socket = open_socket(context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, f"rank-{self._rank}".encode())
-        socket.connect(self._endpoint)
+        connect(socket, self._endpoint, self._key)
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(self._outbox.fd, zmq.POLLIN)

@@ -30,8 +30,9 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from vllm_resident.errors import CommandRejected, ProtocolError
+from vllm_resident.keys import PoolKey
 from vllm_resident.rank.lockstep import SHARED_UTILITIES, Leader
-from vllm_resident.transport import open_socket
+from vllm_resident.transport import connect, open_socket
 
 log = logging.getLogger("vllm_resident.rank")
 
@@ -69,7 +70,8 @@ class Frontends:
 
     Each has a client index of its own, its number, which is never 0: that is the pool
     itself. `on_count` hears how many requests there are, at once when it changes from
-    or to 0. Sockets are registered with `poller`, so that a rank at rest sleeps.
+    or to 0. Sockets are registered with `poller`, so that a rank at rest sleeps. Over
+    TCP a frontend must hold the pool's `key`, if it has one.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class Frontends:
         context: zmq.Context[Any],
         poller: zmq.Poller,
         on_count: Callable[[int], None],
+        key: PoolKey | None = None,
     ) -> None:
         self._core = core
         self._leader = leader
         self._context = context
         self._poller = poller
         self._on_count = on_count
+        self._key = key
         self._frontends: dict[int, _Frontend] = {}
         self._encoder = MsgpackEncoder()
         self._requests = MsgpackDecoder(EngineCoreRequest)
@@ -111,8 +115,8 @@ class Frontends:
         try:
             receiving.setsockopt(zmq.IDENTITY, IDENTITY)
             sending.setsockopt(zmq.LINGER, LINGER_MS)
-            receiving.connect(input_address)
-            sending.connect(output_address)
+            connect(receiving, input_address, self._key)
+            connect(sending, output_address, self._key)
             receiving.send(self._ready())
         except zmq.ZMQError as error:
             receiving.close()

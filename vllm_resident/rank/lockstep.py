@@ -4,8 +4,8 @@ Every rank of an engine has a scheduler of its own, so all must see the same inp
 the same step. Before each step the leader sends a plan: requests to add and abort, and
 calls that change a scheduler's state, in order, and whether to step or to stop. It
 carries the digest of the leader's last outputs; a follower whose own differ raises
-`RankDiverged`. Plans are raw frames over one ZMQ socket per follower: a header, then
-vLLM's own engine-core frames.
+`RankDiverged`. Plans are raw frames over one ZMQ socket per follower (`lines.py`): a
+header, then vLLM's own engine-core frames.
 
 Requests are of clients, by vLLM's client index: 0 is the pool itself, on the leader,
 the others are frontends (`frontends.py`).
@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,15 +37,7 @@ from vllm_resident.errors import (
     ProtocolError,
     RankDiverged,
     RankFailure,
-    RankTimeout,
 )
-from vllm_resident.rank.world import Store
-from vllm_resident.transport import open_socket, unix_endpoint
-
-# For a message that was sent already, over a unix socket.
-CONNECT_TIMEOUT_S = 20.0
-# A closed line still sends what the follower has not read yet: the stop plan.
-STOP_LINGER_S = 10.0
 
 # vLLM's utility calls that change what a scheduler does next: every rank makes them at
 # the same step. None of them runs code or reads files that its caller names.
@@ -333,68 +324,3 @@ def _run(core: EngineCore, before: int) -> tuple[dict[int, EngineCoreOutputs], i
     outputs, model_executed = core.step_fn()
     core.post_step(model_executed=model_executed)
     return outputs or {}, digest(outputs, before)
-
-
-def lead(
-    context: zmq.Context[Any],
-    directory: Path,
-    generation: int,
-    store: Store,
-    num_followers: int,
-) -> list[zmq.Socket[bytes]]:
-    """One connected socket per follower; blocks until each has said it is there.
-
-    A socket each, not a broadcast: PUB drops for a slow peer, and a lost plan would
-    stop the engine.
-    """
-    sockets: list[zmq.Socket[bytes]] = []
-    paths = [
-        directory / f"plan-{generation}-{follower}.sock"
-        for follower in range(1, num_followers + 1)
-    ]
-    try:
-        for follower, path in enumerate(paths, start=1):
-            socket = open_socket(context, zmq.PAIR)
-            sockets.append(socket)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.LINGER, int(STOP_LINGER_S * 1000))
-            socket.bind(unix_endpoint(path))
-            store.set(f"plan/{follower}", unix_endpoint(path))
-        _await_followers(sockets, generation, store)
-    # Cleaned up and raised again, Ctrl-C too: nobody else knows of the sockets.
-    except BaseException:
-        for socket in sockets:
-            socket.close()
-        raise
-    finally:
-        # Their one peer is connected or never will be; libzmq leaves the files.
-        for path in paths:
-            path.unlink(missing_ok=True)
-    return sockets
-
-
-def _await_followers(
-    sockets: list[zmq.Socket[bytes]], generation: int, store: Store
-) -> None:
-    """The store's wait can be called off, a socket's cannot: first one, then the
-    other, for a message that was sent already."""
-    store.wait([f"plan/{follower}/sent" for follower in range(1, len(sockets) + 1)])
-    for follower, socket in enumerate(sockets, start=1):
-        if not socket.poll(int(CONNECT_TIMEOUT_S * 1000)):
-            raise RankTimeout(
-                f"follower {follower} of generation {generation} did not connect to "
-                f"its leader within {CONNECT_TIMEOUT_S:g} s",
-                generation=generation,
-            )
-        socket.recv()
-
-
-def follow(context: zmq.Context[Any], rank: int, store: Store) -> zmq.Socket[bytes]:
-    """The socket this follower takes its plans from; blocks on the store's time-out."""
-    endpoint = store.get(f"plan/{rank}").decode()
-    socket = open_socket(context, zmq.PAIR)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.connect(endpoint)
-    socket.send(b"here")
-    store.set(f"plan/{rank}/sent", b"1")
-    return socket

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import zmq
 
@@ -24,9 +23,10 @@ from vllm_resident.errors import (
 )
 from vllm_resident.rank import faults, lockstep, prefetch, turns
 from vllm_resident.rank.control import Control
-from vllm_resident.rank.device import Device, messaging_context
+from vllm_resident.rank.device import Device
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
 from vllm_resident.rank.frontends import Frontends
+from vllm_resident.rank.lines import Lines
 from vllm_resident.rank.requests import Requests
 from vllm_resident.rank.serving import Hosted, Serving, Suspension
 from vllm_resident.rank.world import Store, World
@@ -51,20 +51,19 @@ class RankLoop:
         device: Device,
         store: Store,
         control: Control,
-        directory: Path,
+        lines: Lines,
         owner: str,
     ) -> None:
         self._rank = rank
         self._device = device
         self._store = store
         self._control = control
-        self._directory = directory
+        self._lines = lines
         self._owner = owner
         self._session = ""
         self._hosted: dict[int, Hosted] = {}
         self._serving = Serving(rank, control)
         self._faults = faults.declared()
-        self._context = messaging_context()
         self._poller = zmq.Poller()
         self._poller.register(control.inbox.fd, zmq.POLLIN)
         # Commands that came in the middle of a build.
@@ -82,6 +81,7 @@ class RankLoop:
                 self._survive(command)
         for hosted in list(self._hosted.values()):
             self._release(hosted)
+        self._lines.close()
         return self._status
 
     def generations(self) -> list[int]:
@@ -189,7 +189,7 @@ class RankLoop:
         before = self._device.memory()[0]
         clock = PhaseClock(lambda phase: self._enter_phase(hosted, phase))
         try:
-            self._construct(hosted, command.timeout_s, clock)
+            self._construct(hosted, command, clock)
         # Building runs all of vLLM and the model's code: whatever it raises ends this
         # build, not this process.
         except Exception as error:
@@ -214,7 +214,9 @@ class RankLoop:
             )
         )
 
-    def _construct(self, hosted: Hosted, timeout_s: float, clock: PhaseClock) -> None:
+    def _construct(
+        self, hosted: Hosted, command: messages.BuildEngine, clock: PhaseClock
+    ) -> None:
         generation = hosted.generation
         clock.start("form_world")
         world = World.form(
@@ -225,7 +227,7 @@ class RankLoop:
             owner=self._owner,
             store=self._store,
             backend=self._device.backend,
-            timeout_s=timeout_s,
+            timeout_s=command.timeout_s,
             on_start=lambda world: self._control.watch_world(generation, world),
         )
         hosted.world = world
@@ -236,12 +238,11 @@ class RankLoop:
         )
         clock.start("lockstep")
         if world.rank == 0:
-            hosted.lines = lockstep.lead(
-                self._context,
-                self._directory,
+            hosted.lines = self._lines.lead(
                 generation,
                 world.store,
                 world.size - 1,
+                spans_machines=command.spans_machines,
             )
             hosted.leader = lockstep.Leader(hosted.engine.core, hosted.lines)
             hosted.engine.llm.engine_core = hosted.leader
@@ -249,12 +250,13 @@ class RankLoop:
             hosted.frontends = Frontends(
                 hosted.engine.core,
                 hosted.leader,
-                self._context,
+                self._lines.context,
                 self._poller,
                 lambda count: self._count_requests(generation, count),
+                self._lines.key,
             )
         else:
-            line = lockstep.follow(self._context, world.rank, world.store)
+            line = self._lines.follow(world.rank, world.store)
             hosted.lines = [line]
             hosted.follower = lockstep.Follower(hosted.engine.core, line)
             self._listen(hosted)
