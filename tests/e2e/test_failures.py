@@ -31,12 +31,13 @@ class Streaming(threading.Thread):
         self._client, self._engine = client, engine
         self.started = threading.Event()
         self.num_pieces = 0
+        self.leave = False
         self.error: ResidentError | None = None
         self.ended_at = 0.0
 
     def run(self) -> None:
         try:
-            while True:
+            while not self.leave:
                 for _ in self._client.stream(self._engine, "hello", LONG):
                     self.num_pieces += 1
                     self.started.set()
@@ -51,39 +52,53 @@ def own_folder(pool_folder: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_rank_is_named_and_its_layout_comes_back(
+def test_a_killed_rank_is_named_and_comes_back_while_the_other_serves(
     own_folder: Path, checkpoints: dict[str, str]
 ) -> None:
-    """kill -9 of rank 1 under torchrun with restarts."""
-    with running_pool("killed", own_folder, max_restarts=1) as client:
+    """kill -9 of rank 1 in the middle of a stream of each rank."""
+    with running_pool("killed", own_folder) as client:
         client.load("left", checkpoints["llama"], ranks=[0], **ENGINE_ARGS)
         client.load("right", checkpoints["qwen2"], ranks=[1], **ENGINE_ARGS)
         expected = {
             name: client.generate(name, "hello", SAMPLING) for name in ("left", "right")
         }
-        stream = Streaming(client, "right")
-        stream.start()
-        assert stream.started.wait(20)
-        old = pids(client)
+        left, right = Streaming(client, "left"), Streaming(client, "right")
+        for stream in (left, right):
+            stream.start()
+            assert stream.started.wait(20)
+        before, old = client.status(), pids(client)
         killed_at = time.monotonic()
         os.kill(old[1], signal.SIGKILL)
-        stream.join(10)
-        assert isinstance(stream.error, RankLost)
-        assert stream.error.rank == 1
-        assert stream.ended_at - killed_at < 5
-        wait_until(
+        right.join(10)
+        assert isinstance(right.error, RankLost)
+        assert right.error.rank == 1
+        assert right.ended_at - killed_at < 5
+        num_pieces = left.num_pieces
+        status = wait_until(
             client,
             lambda s: (
                 s.phase == "ready"
-                and [e.phase for e in s.engines] == ["ready", "ready"]
+                and {e.phase for e in s.engines} == {"ready"}
+                and len(s.engines) == 2
             ),
             120,
-            "the layout's return",
+            "the return of the rank and its engine",
         )
-        assert not set(old) & set(pids(client))
+        # The other never noticed: its process, its engine, its stream.
+        assert left.error is None
+        assert left.num_pieces > num_pieces
+        now = {e.name: e.generation for e in status.engines}
+        was = {e.name: e.generation for e in before.engines}
+        assert now["left"] == was["left"]
+        assert now["right"] != was["right"]
+        assert pids(client)[0] == old[0]
+        assert pids(client)[1] != old[1]
+        assert [rank.incarnation for rank in status.ranks] == [0, 1]
         for name, completions in expected.items():
             assert client.generate(name, "hello", SAMPLING) == completions
-        assert not any(is_alive(pid) for pid in old)
+        assert not is_alive(old[1])
+        left.leave = True
+        left.join(20)
 
 
 @pytest.mark.timeout(300)
@@ -92,7 +107,7 @@ def test_a_killed_rank_of_a_tp2_engine_leaves_no_call_hanging(
 ) -> None:
     """The survivor spins in a shared-memory collective that nothing can abort: it is
     ended too, and the restarted ranks serve again."""
-    with running_pool("killed2", own_folder, max_restarts=1) as client:
+    with running_pool("killed2", own_folder) as client:
         client.load("both", checkpoints["llama"], ranks=[0, 1], **ENGINE_ARGS)
         expected = client.generate("both", "hello", SAMPLING)
         stream = Streaming(client, "both")
@@ -121,7 +136,7 @@ def test_a_hanging_load_ends_at_its_deadline(
         "VLLM_RESIDENT_FAULTS",
         '[{"rank": 1, "phase": "load_model", "engine": "hangs", "action": "hang"}]',
     )
-    with running_pool("hangs", own_folder, max_restarts=1) as client:
+    with running_pool("hangs", own_folder) as client:
         with pytest.raises(RankTimeout, match="1") as raised:
             client.load(
                 "hangs", checkpoints["llama"], ranks=[0, 1], timeout_s=8, **ENGINE_ARGS
