@@ -67,23 +67,17 @@ def test_the_demo_runs_at_once_after_a_kill_9_in_the_middle(user: Shell) -> None
     check_demo(json.loads(RESULT.read_text()))
 
 
-def test_ctrl_c_ends_the_demo_and_its_pool(user: Shell) -> None:
-    with user.started(*DEMO) as demo:
-        demo.wait_for_output("nothing -> chat | tiny")
-        demo.process.send_signal(signal.SIGINT)
-        assert demo.wait(60) == 130
-    assert "Traceback" not in demo.output()
-    assert user.processes() == []
-
-
-def test_a_second_demo_is_told_of_the_first(user: Shell) -> None:
+def test_a_second_demo_is_told_of_the_first_which_ctrl_c_ends(user: Shell) -> None:
     with user.started(*DEMO) as first:
         first.wait_for_output("starting ranks")
         second = user.run(*DEMO)
         assert second.returncode == 1
         assert "another demo is running" in second.stdout
-        first.process.send_signal(signal.SIGTERM)
+        first.wait_for_output("nothing -> chat | tiny")
+        first.process.send_signal(signal.SIGINT)
         assert first.wait(60) == 130
+    assert "Traceback" not in first.output()
+    assert user.processes() == []
 
 
 def test_the_client_of_a_pool_of_torchrun(user: Shell, models: dict[str, str]) -> None:
