@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.ir.op import IrOp
+from vllm.platforms import current_platform
+
+from vllm_resident.rank.holdings import Holdings
 
 # The place in the world first; the others vLLM sets for one engine and would take for
 # the user's own in the next (platforms/cpu.py, distributed/eplb/eplb_utils.py).
@@ -32,7 +35,7 @@ _VARIABLES = (
 )
 # The cached environment; a thread setter that the CPU worker replaces; the root of the
 # prefix cache's hashes, which ranks of one engine must agree on; what is otherwise made
-# by the engine built last and used by all.
+# by the engine built last and used by all; what an engine has of the device's memory.
 _GLOBALS = tuple(
     (importlib.import_module(module), name)
     for module, name in (
@@ -47,8 +50,11 @@ _GLOBALS = tuple(
         ("vllm.model_executor.layers.mamba.ops.ssu_dispatch", "_mamba_ssu_backend"),
         ("vllm.distributed.kv_transfer.kv_transfer_state", "_KV_CONNECTOR_AGENT"),
         ("vllm.distributed.ec_transfer.ec_transfer_state", "_EC_CONNECTOR_AGENT"),
+        ("vllm_resident.rank.holdings", "current"),
     )
 )
+# Where all CUDA graphs are captured (platforms/interface.py).
+_GLOBALS += ((type(current_platform), "_global_graph_pool"),)
 _ABSENT = object()
 
 Variables = dict[str, str | None]
@@ -79,10 +85,10 @@ def restore(ambient: Ambient) -> None:
     """Put what `capture` returned in force."""
     set_variables(ambient.variables)
     for (module, name), value in zip(_GLOBALS, ambient.values, strict=True):
-        if value is _ABSENT:
-            vars(module).pop(name, None)
-        else:
+        if value is not _ABSENT:
             setattr(module, name, value)
+        elif name in vars(module):
+            delattr(module, name)
     for name, op in IrOp.registry.items():
         # Operations may be registered by what an engine imports.
         op._priority_impls = ambient.priorities.get(name, [])
@@ -95,7 +101,7 @@ def fresh(place: Variables) -> Ambient:
     """For a new world: as it was before any engine, with the environment's `place`."""
     return Ambient(
         {**_pristine.variables, **place},
-        list(_pristine.values),
+        [Holdings() if type(each) is Holdings else each for each in _pristine.values],
         dict(_pristine.priorities),
         _random_states(),
     )

@@ -21,7 +21,6 @@ from typing import Any
 
 import msgspec
 import zmq
-from vllm.multimodal.cache.base import MultiModalCacheMissError
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -40,6 +39,7 @@ from vllm_resident.errors import (
     RankFailure,
     RankTimeout,
 )
+from vllm_resident.rank.versions import MultiModalCacheMissError
 from vllm_resident.rank.world import Store
 from vllm_resident.transport import open_socket, unix_endpoint
 

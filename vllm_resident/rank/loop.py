@@ -346,7 +346,9 @@ class RankLoop:
                 memory_before_bytes=suspension.memory_before_bytes,
                 memory_after_bytes=self._device.memory()[0],
                 memory=engine.memory(),
-                moved_bytes=moved,
+                moved_bytes=moved.num_bytes,
+                moved_s=moved.seconds,
+                link_bytes_per_s=moved.link_bytes_per_s,
             )
         )
 
@@ -386,7 +388,9 @@ class RankLoop:
                 memory_before_bytes=before,
                 memory_after_bytes=self._device.memory()[0],
                 memory=hosted.engine.memory(),
-                moved_bytes=moved,
+                moved_bytes=moved.num_bytes,
+                moved_s=moved.seconds,
+                link_bytes_per_s=moved.link_bytes_per_s,
             )
         )
 
