@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vllm_resident import transport
 from vllm_resident.config import CONFIG_VARIABLE, read_pool
-from vllm_resident.errors import PatchError, ResidentError
+from vllm_resident.errors import ResidentError
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.prepare import prepare_process
 
@@ -80,7 +80,7 @@ def main() -> int:
             int(os.environ["LOCAL_RANK"]),
             int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
         )
-    except PatchError as error:
+    except ResidentError as error:
         _say(str(error), terminal)
         return 2
     if not arguments.controller and rank == 0:

@@ -23,7 +23,8 @@ from vllm.platforms import current_platform
 from vllm_resident.rank.holdings import Holdings
 
 # The place in the world first; the others vLLM sets for one engine and would take for
-# the user's own in the next (platforms/cpu.py, distributed/eplb/eplb_utils.py).
+# the user's own in the next (platforms/cpu.py, distributed/eplb/eplb_utils.py;
+# vllm-ascend 0.23.0.post1, platform.py).
 _VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -32,6 +33,7 @@ _VARIABLES = (
     "LOCAL_WORLD_SIZE",
     "NCCL_MAX_CTAS",
     "VLLM_SSM_CONV_STATE_LAYOUT",
+    "PYTORCH_NPU_ALLOC_CONF",
 )
 # The cached environment; a thread setter that the CPU worker replaces; the root of the
 # prefix cache's hashes, which ranks of one engine must agree on; what is otherwise made
