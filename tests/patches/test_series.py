@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patches import imported
 from tests.patches.small_tree import (
     FILES,
     VERSION,
@@ -122,15 +123,28 @@ def test_the_series_holds_for_the_wheel(version: str, tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("vllm-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name in series.read(version).base or name in (
-                "vllm/__init__.py",
-                "vllm/_version.py",
-            ):
+            if name.startswith("vllm/") and name.endswith(".py"):
                 archive.extract(name, tmp_path / "sources")
     wheel.unlink()
-    verdicts = check([tree.find(tmp_path / "sources")])
+    sources = tree.find(tmp_path / "sources")
+    verdicts = check([sources])
     assert problems(verdicts) == []
     assert version in [each.version for each in verdicts if each.sources]
+    tree.apply(sources, series.read(version))
+    assert imported.missing(sources.root) == []
+
+
+def test_what_is_imported_is_in_the_installed_vllm(tmp_path: Path) -> None:
+    """Of the patched copies where there are any."""
+    status = actions.status()
+    patched = tmp_path / "sources"
+    for file in status.files:
+        (patched / file).parent.mkdir(parents=True, exist_ok=True)
+        original = (Path(status.root) / file).read_bytes()
+        text = tree.patched_text(series.read(status.version), file, original)
+        (patched / file).write_bytes(text)
+    assert imported.missing(patched, Path(status.root)) == []
+    assert "vllm.config" in imported.modules()
 
 
 def test_the_installed_vllm_is_as_its_wheel_was() -> None:

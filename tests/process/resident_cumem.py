@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import timedelta
+from types import ModuleType
 
 from tests.unit.simulated_device import SimulatedDevice, make_mover
 from vllm_resident import patching
@@ -53,7 +54,7 @@ resident = allocator.resident("cuda", CuMemAllocator, mover)
 CuMemAllocator.instance = resident
 # `get_instance` wants the extension, which CPU builds lack.
 STORE = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))
-said: dict[str, object] = {}
+said: dict[str, object] = {"ascend": [m for m in sys.modules if "ascend" in m]}
 
 first = form("g1-first")
 weights = device.allocate(Malloc(resident, "weights"), "weights", b"a" * 300)
@@ -83,7 +84,22 @@ resident.wake_up(["kv_cache"])
 usage.append(resident.get_current_usage())
 said["moved"] = resident.take_moved().num_bytes
 
+# A stand-in with the globals of the real module (vllm-ascend 0.23.0.post1), which an
+# engine of the first world has imported.
+graphs = sys.modules["vllm_ascend.compilation.acl_graph"] = ModuleType("acl_graph")
+graphs._graph_params = "the first's"  # type: ignore[attr-defined]
+graphs._draft_graph_params = graphs._draft_graph_prefill_params = None  # type: ignore[attr-defined]
+second.enter()
+# vllm-ascend refuses to capture where it is set already.
+params = [graphs._graph_params]
+graphs._graph_params = "the second's"  # type: ignore[attr-defined]
+first.enter()
+params.append(graphs._graph_params)
 first.close()
+params.append(graphs._graph_params)
+second.enter()
+params.append(graphs._graph_params)
+said["graph params"] = params
 second.close()
 usage.append(resident.get_current_usage())
 said["usage"] = usage

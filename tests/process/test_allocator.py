@@ -27,6 +27,8 @@ def test_each_world_has_its_own_part_of_vllms_allocator() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
+        "ascend": [],
+        "graph params": [None, "the first's", None, "the second's"],
         "second's pools": [],
         "second's graphs": None,
         "mapped while the first sleeps": [True],

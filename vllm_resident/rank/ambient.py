@@ -12,7 +12,9 @@ from __future__ import annotations
 import importlib
 import os
 import random
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,30 @@ _GLOBALS = tuple(
 )
 # Where all CUDA graphs are captured (platforms/interface.py).
 _GLOBALS += ((type(current_platform), "_global_graph_pool"),)
+# What vllm-ascend keeps per process though it is one engine's (0.23.0.post1), by
+# module, and as it is before any engine. Its modules are not imported for this: what is
+# not there has nothing to keep.
+_ASCEND: dict[str, dict[str, Callable[[], Any]]] = {
+    "vllm_ascend.ascend_config": {"_ASCEND_CONFIG": lambda: None},
+    "vllm_ascend.utils": dict.fromkeys(
+        (
+            "_ENABLE_SP",
+            "_HAS_LAYER_IDX",
+            "_HAS_ROPE",
+            "_IS_DRAFTER_MOE_MODEL",
+            "_IS_MOE_MODEL",
+            "_IS_VL_MODEL",
+            "_WEIGHT_PREFETCH_METHOD",
+            "_potential_max_tokens",
+        ),
+        lambda: None,
+    ),
+    "vllm_ascend.compilation.acl_graph": dict.fromkeys(
+        ("_graph_params", "_draft_graph_params", "_draft_graph_prefill_params"),
+        lambda: None,
+    ),
+    "vllm_ascend.ops.fused_moe.moe_comm_method": {"_MoECommMethods": dict},
+}
 _ABSENT = object()
 
 Variables = dict[str, str | None]
@@ -71,6 +97,8 @@ class Ambient:
     # By the name of vLLM's operation, which implementations it tries in which order.
     priorities: dict[str, list[Any]]
     random_states: tuple[Any, ...]
+    # By module and name; of what is not in it, as before any engine.
+    ascend: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
 def capture() -> Ambient:
@@ -80,6 +108,7 @@ def capture() -> Ambient:
         [vars(module).get(name, _ABSENT) for module, name in _GLOBALS],
         {name: op._priority_impls for name, op in IrOp.registry.items()},
         _random_states(),
+        {(name, key): getattr(module, key) for name, module, key, _ in _of_ascend()},
     )
 
 
@@ -94,6 +123,9 @@ def restore(ambient: Ambient) -> None:
     for name, op in IrOp.registry.items():
         # Operations may be registered by what an engine imports.
         op._priority_impls = ambient.priorities.get(name, [])
+    for name, module, key, initial in _of_ascend():
+        kept = ambient.ascend.get((name, key), _ABSENT)
+        setattr(module, key, initial() if kept is _ABSENT else kept)
     torch.set_rng_state(ambient.random_states[0])
     np.random.set_state(ambient.random_states[1])
     random.setstate(ambient.random_states[2])
@@ -107,6 +139,14 @@ def fresh(place: Variables) -> Ambient:
         dict(_pristine.priorities),
         _random_states(),
     )
+
+
+def _of_ascend() -> Iterator[tuple[str, Any, str, Callable[[], Any]]]:
+    """(name, module, variable, what makes it as before any engine) of what there is."""
+    for name, keys in _ASCEND.items():
+        if (module := sys.modules.get(name)) is not None:
+            for key, initial in keys.items():
+                yield name, module, key, initial
 
 
 def variables() -> Variables:
