@@ -348,15 +348,27 @@ def install(device: Device) -> None:
 
 def installed(device: Device) -> Any:
     """The resident allocator. Raises `CommandRejected` where there is none."""
-    if device.type in _ALLOCATORS:
-        module_name, class_name, *_ = _ALLOCATORS[device.type]
-        instance = getattr(importlib.import_module(module_name), class_name).instance
-        if isinstance(instance, _Resident):
-            return instance
+    if (instance := _find(device)) is not None:
+        return instance
     raise CommandRejected(
         f"vLLM has no allocator for sleep mode here ({device.type}): load the engine "
         f"with enable_sleep_mode=False, and unload it instead of putting it to sleep"
     )
+
+
+def trim(device: Device) -> None:
+    """Unpin the host memory that no sleeper is in; no-op on CPU."""
+    if (instance := _find(device)) is not None:
+        instance.mover.arena.trim()
+        transfer.release_pinned()
+
+
+def _find(device: Device) -> _Resident | None:
+    if device.type not in _ALLOCATORS:
+        return None
+    module_name, class_name, *_ = _ALLOCATORS[device.type]
+    instance = getattr(importlib.import_module(module_name), class_name).instance
+    return instance if isinstance(instance, _Resident) else None
 
 
 def _sleeps(data: Any) -> bool:

@@ -364,7 +364,7 @@ class Engine:
             del self.llm, self._backend, llm, core
             self.world.close()
             _collect(self._device)
-            sleep.release(self._device, self._held)
+            _give_back(self._device, self._held)
         if (model := self._model()) is not None:
             holders = [type(each).__name__ for each in gc.get_referrers(model)]
             raise ReleaseIncomplete(
@@ -396,7 +396,7 @@ def abandon(error: BaseException | None, world: World, device: Device) -> None:
         world.close()
     finally:
         _collect(device)
-        sleep.release(device, held)
+        _give_back(device, held)
 
 
 def _fit(prepared: Prepared, device: Device) -> None:
@@ -430,6 +430,14 @@ def _collect(device: Device) -> None:
     if not _engines:
         gc.freeze()
     device.empty_cache()
+
+
+def _give_back(device: Device, held: holdings.Holdings) -> None:
+    """Let go of what held a gone engine's memory; with the last engine, of the host
+    memory that was pinned for sleepers."""
+    sleep.release(device, held)
+    if not _engines:
+        allocator.trim(device)
 
 
 class PhaseClock:
