@@ -7,14 +7,17 @@ allocator does in C, are `simulated_device`'s.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.unit.simulated_device import SimulatedDevice, make_mover
 from vllm_resident.errors import CommandRejected
-from vllm_resident.rank import holdings
+from vllm_resident.rank import allocator, holdings
 from vllm_resident.rank.allocator import Mover
+from vllm_resident.rank.device import Device
 from vllm_resident.rank.holdings import Allocations, Holdings, Pools
 from vllm_resident.rank.transfer import Link, Moved
 
@@ -296,3 +299,68 @@ def test_pools_that_are_overwritten_stay() -> None:
     assert [pool for pool, _ in pools.take_all()] == ["first", "second", "third"]
     assert pools.take_all() == []
     assert not pools
+
+
+class AllocatorOfOneEngine:
+    """What vLLM's classes have of it: tags, and a pool for each use."""
+
+    default_tag = "default"
+    instance: Any = None
+
+    def __init__(self) -> None:
+        self.allocator_and_pools: Any = {}
+        self.pointer_to_data: Any = {}
+        self.current_tag = self.default_tag
+        self.log: list[str] = []
+
+    @contextmanager
+    def use_memory_pool(self, tag: str | None = None) -> Iterator[None]:
+        assert tag
+        before, self.current_tag = self.current_tag, tag
+        number = len(self.allocator_and_pools.get(tag, []))
+        pools = self.allocator_and_pools.setdefault(tag, [])
+        pools.append((f"{tag} {number}", object()))
+        yield
+        self.current_tag = before
+
+    @contextmanager
+    def leave(self, pool: str) -> Iterator[None]:
+        self.log.append(f"out of {pool}")
+        yield
+        self.log.append(f"into {pool}")
+
+
+def test_an_engine_steps_outside_of_the_pool_of_what_is_built(
+    device: SimulatedDevice,
+) -> None:
+    mover = make_mover(device)
+    resident = allocator.resident("cuda", AllocatorOfOneEngine, mover)
+    assert resident.can_step_aside
+    with resident.aside():
+        pass
+    with resident.use_memory_pool("weights"):
+        # As on an NPU, where it cannot be had.
+        assert not resident.can_step_aside
+        mover.mapper = replace(mover.mapper, aside=resident.leave)
+        assert resident.can_step_aside
+        with resident.use_memory_pool("runtime"):
+            with resident.aside():
+                assert resident.current_tag == "default"
+                assert resident.log == ["out of runtime 0", "out of weights 0"]
+                with resident.use_memory_pool("workspace"), resident.aside():
+                    assert resident.log[-1] == "out of workspace 0"
+            assert resident.log[-2:] == ["into weights 0", "into runtime 0"]
+            assert resident.current_tag == "runtime"
+    resident.log.clear()
+    with resident.aside():
+        assert resident.log == []
+
+
+def test_on_a_cpu_there_is_nothing_to_step_out_of() -> None:
+    cpu = Device("cpu", 0)
+    assert allocator.can_step_aside(cpu)
+    with allocator.aside(cpu):
+        pass
+    allocator.trim(cpu)
+    with pytest.raises(CommandRejected, match="no allocator for sleep mode here"):
+        allocator.installed(cpu)

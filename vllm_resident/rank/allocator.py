@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,9 @@ _RESERVE_BYTES = 64 * 2**20
 class Mapper:
     """How a device's memory is put behind an address and taken away, by vLLM's
     handles; `free_bytes` is what the device has left, `settle` waits for all its work
-    and `empty_cache` gives back what torch keeps."""
+    and `empty_cache` gives back what torch keeps. `aside(pool)` is a context in which
+    torch allocates elsewhere though it was told to use the pool; None where that cannot
+    be had."""
 
     create_and_map: Callable[[Any], None]
     unmap_and_release: Callable[[Any], None]
@@ -47,13 +49,14 @@ class Mapper:
     settle: Callable[[], None]
     empty_cache: Callable[[], None]
     reserve_bytes: int = _RESERVE_BYTES
+    aside: Callable[[Any], AbstractContextManager[None]] | None = None
 
 
 class Mover:
     """Puts the allocations of `Holdings` to sleep and back. Main thread only."""
 
     def __init__(self, mapper: Mapper, arena: Arena, copies: Copies) -> None:
-        self._mapper = mapper
+        self.mapper = mapper
         self._copies = copies
         self.arena = arena
         self.link = Link()
@@ -78,7 +81,7 @@ class Mover:
         Raises `CommandRejected` where the arena has no room, and what copying raises:
         nothing has been given back then.
         """
-        self._mapper.settle()
+        self.mapper.settle()
         began = time.perf_counter()
         leases: dict[str, tuple[Lease, dict[int, int]]] = {}
         num_bytes = 0
@@ -117,7 +120,7 @@ class Mover:
 
     def discard(self, held: Holdings, tags: Iterable[str]) -> None:
         """Give back the memory of allocations with `tags`, contents and all."""
-        self._mapper.settle()
+        self.mapper.settle()
         tags = tuple(tags)
         self._unmap(data for data in held.allocations.values() if data.tag in tags)
 
@@ -132,13 +135,13 @@ class Mover:
         Raises what mapping raises, such as out of memory: what was mapped by then is
         awake, the rest sleeps.
         """
-        self._mapper.empty_cache()
+        self.mapper.empty_cache()
         began = time.perf_counter()
         num_bytes = 0
         try:
             for address, data in held.allocations.items():
                 if _sleeps(data) and is_wanted(data.tag):
-                    self._mapper.create_and_map(data.handle)
+                    self.mapper.create_and_map(data.handle)
                     data.is_asleep = False
                     num_bytes += self._restore(held, address, data)
         finally:
@@ -164,8 +167,8 @@ class Mover:
             if not _sleeps(data) and data.tag != _PERSISTENT:
                 # Before, not after: what failed halfway is not to be tried again.
                 data.is_asleep = True
-                self._mapper.unmap_and_release(data.handle)
-        self._mapper.empty_cache()
+                self.mapper.unmap_and_release(data.handle)
+        self.mapper.empty_cache()
 
     def free(
         self, table: holdings.Allocations, address: int, forget: Callable[[int], Any]
@@ -181,11 +184,11 @@ class Mover:
         """
         if address not in table:
             handle = table.taken_out.pop(address)
-            self._mapper.create_and_map(handle)
+            self.mapper.create_and_map(handle)
             return handle
         data = table[address]
         if _sleeps(data):
-            self._mapper.create_and_map(data.handle)
+            self.mapper.create_and_map(data.handle)
             data.is_asleep = False
         return forget(address)
 
@@ -203,7 +206,7 @@ class Mover:
 
     def _bury(self, held: Holdings) -> bool:
         asleep = [each.handle[1] for each in held.allocations.values() if _sleeps(each)]
-        free_bytes = self._mapper.free_bytes() - self._mapper.reserve_bytes
+        free_bytes = self.mapper.free_bytes() - self.mapper.reserve_bytes
         if asleep and max(asleep) > free_bytes:
             log.info("event=addresses_kept num=%d bytes=%d", len(asleep), sum(asleep))
             return False
@@ -212,7 +215,7 @@ class Mover:
         # release_pools).
         allocators = [allocator for _, allocator in pools]
         pools.clear()
-        self._mapper.empty_cache()
+        self.mapper.empty_cache()
         if held.allocations:
             self._kept.extend(allocators)
         return True
@@ -226,6 +229,8 @@ class _Resident:
     def __init__(self) -> None:
         # What has been copied since somebody last asked.
         self._moved = Moved()
+        # Those that torch allocates in at the moment.
+        self._active: list[Any] = []
         self._table = holdings.Allocations()
         super().__init__()
 
@@ -246,7 +251,7 @@ class _Resident:
         pass
 
     def sleep(self, offload_tags: tuple[str, ...] | str | None = None) -> None:
-        tags = self.default_tag if offload_tags is None else offload_tags  # type: ignore[attr-defined]
+        tags = self.default_tag if offload_tags is None else offload_tags
         tags = (tags,) if isinstance(tags, str) else tags
         self._moved += self.mover.suspend(holdings.current, tags)
 
@@ -260,6 +265,36 @@ class _Resident:
             lambda tag: tags is None or tag in tags or tag not in DEFERRABLE_TAGS,
         )
 
+    @contextmanager
+    def use_memory_pool(self, tag: str | None = None) -> Iterator[None]:
+        with super().use_memory_pool(tag):
+            pools = self.allocator_and_pools[tag or self.default_tag]
+            newest = pools[-1] if isinstance(pools, list) else pools
+            self._active.append(newest[0])
+            try:
+                yield
+            finally:
+                self._active.pop()
+
+    @property
+    def can_step_aside(self) -> bool:
+        return not self._active or self.mover.mapper.aside is not None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Have torch allocate as if no pool were in use: for an engine that takes a
+        step in the middle of another's build."""
+        assert self.can_step_aside
+        tag, self.current_tag = getattr(self, "current_tag", ""), self.default_tag
+        active, self._active = self._active, []
+        try:
+            with ExitStack() as stack:
+                for pool in reversed(active):
+                    stack.enter_context(self.mover.mapper.aside(pool))
+                yield
+        finally:
+            self._active, self.current_tag = active, tag
+
     def take_moved(self) -> Moved:
         """What was copied since this was last called."""
         moved, self._moved = self._moved, Moved()
@@ -272,7 +307,7 @@ class _Resident:
 
 class _ResidentCuMem(_Resident):
     def _python_free_callback(self, ptr: int) -> Any:
-        forget = super()._python_free_callback  # type: ignore[misc]
+        forget = super()._python_free_callback
         return self.mover.free(self._table, ptr, forget)
 
 
@@ -281,11 +316,11 @@ class _ResidentCaMem(_Resident):
         super().__init__()
         # C keeps what it is handed without a reference: bound methods made for the
         # call would be gone (as vLLM's were, vllm-project/vllm#22724).
-        self.python_malloc_callback = super().python_malloc_callback  # type: ignore[misc]
+        self.python_malloc_callback = super().python_malloc_callback
         self.python_free_callback = self._free
 
     def _free(self, ptr: int) -> Any:
-        forget = super().python_free_callback  # type: ignore[misc]
+        forget = super().python_free_callback
         return self.mover.free(self._table, ptr, forget)
 
 
@@ -333,6 +368,7 @@ def install(device: Device) -> None:
         device.free_bytes,
         device.synchronize,
         device.empty_cache,
+        aside=_aside_on_cuda(device.index) if device.type == "cuda" else None,
     )
     arena = Arena(transfer.pinned_block, pinnable_bytes())
     copies = transfer.copies_of(device)
@@ -344,6 +380,41 @@ def install(device: Device) -> None:
         mover.link.to_host,
         mover.link.to_device,
     )
+
+
+def _aside_on_cuda(
+    index: int,
+) -> Callable[[Any], AbstractContextManager[None]]:
+    """What torch.cuda.use_mem_pool does at its end and its beginning (torch 2.13,
+    cuda/memory.py), the other way round. Beginning counts one user more."""
+    from torch import _C
+
+    @contextmanager
+    def aside(pool: Any) -> Iterator[None]:
+        _C._cuda_endAllocateToPool(index, pool.id)
+        try:
+            yield
+        finally:
+            _C._cuda_beginAllocateCurrentThreadToPool(index, pool.id)
+            _C._cuda_releasePool(index, pool.id)
+
+    return aside
+
+
+def can_step_aside(device: Device) -> bool:
+    """Whether another engine may step now, in the middle of a build: not on an NPU
+    while what is allocated goes to the pools of the engine that is built."""
+    instance = _find(device)
+    return instance is None or instance.can_step_aside
+
+
+@contextmanager
+def aside(device: Device) -> Iterator[None]:
+    """Let that engine allocate for itself."""
+    with ExitStack() as stack:
+        if (instance := _find(device)) is not None:
+            stack.enter_context(instance.aside())
+        yield
 
 
 def installed(device: Device) -> Any:

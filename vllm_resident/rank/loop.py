@@ -273,13 +273,14 @@ class RankLoop:
                 self._survive(command)
             else:
                 self._deferred.append(command)
-        for hosted in list(self._hosted.values()):
+        serving = list(self._hosted.values()) if turns.may_step(self._device) else []
+        for hosted in serving:
             if not hosted.steps or len(hosted.ranks) > 1:
                 continue
             self._serving.hear(hosted)
             if hosted.has_work:
                 assert hosted.engine is not None
-                with turns.aside(hosted.engine.config):
+                with turns.aside(hosted.engine.config, self._device):
                     self._step_engine(hosted)
         assert building.world is not None
         building.world.enter()

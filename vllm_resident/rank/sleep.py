@@ -302,16 +302,15 @@ class DeviceMemory(ResidentMemory):
     def suspend(self, level: int = 1) -> None:
         self._num_freed_bytes = 0 if self.level else self.num_weight_bytes
         installed = allocator.installed(self._device)
-        if self.level == 0:
+        if self.level == 0 and self._device.type == "npu":
+            installed.sleep((WEIGHTS, *_KEPT))
+        elif self.level == 0:
             # Of use if level 2 comes later: asleep, they could not be read.
             self._worker._sleep_saved_buffers = {
                 name: buffer.cpu().clone()
                 for name, buffer in self._worker.get_model().named_buffers()
             }
-            if self._device.type == "npu":
-                installed.sleep((WEIGHTS, *_KEPT))
-            else:
-                self._worker.sleep(level)
+            self._worker.sleep(level)
         elif level == 2:
             installed.mover.forget(self._held, WEIGHTS)
         self.moved = installed.take_moved()

@@ -96,7 +96,7 @@ class AclCopies:
     """Through ACL (CANN's `acl` module, which vllm-ascend's allocator uses too)."""
 
     def __init__(self, index: int) -> None:
-        import acl  # type: ignore[import-not-found]
+        import acl
         import torch
 
         self._runtime = acl.rt

@@ -19,7 +19,7 @@ try:
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 except ImportError:  # vLLM 0.23.0: its workers call the allocator themselves.
 
-    class SleepModeBackend:  # type: ignore[no-redef]
+    class SleepModeBackend:
         """The part of 0.32.0's interface that is filled in here."""
 
         def __init__(self) -> None:
@@ -30,7 +30,7 @@ try:
     from vllm.multimodal.cache.base import MultiModalCacheMissError
 except ImportError:  # vLLM 0.23.0: a miss is an assertion there.
 
-    class MultiModalCacheMissError(Exception):  # type: ignore[no-redef]
+    class MultiModalCacheMissError(Exception):
         """Never raised there."""
 
 
