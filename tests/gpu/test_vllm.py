@@ -96,17 +96,18 @@ def plain(models: list[str]) -> dict[str, list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def client(plain: dict[str, list[list[int]]]) -> Iterator[Client]:
+def client(plain: dict[str, list[list[int]]], num_devices: int) -> Iterator[Client]:
     with (
         tempfile.TemporaryDirectory(prefix="vr-gpu-") as folder,
-        running_pool("gpu", Path(folder), num_ranks=1) as connected,
+        running_pool("gpu", Path(folder), num_ranks=min(2, num_devices)) as connected,
     ):
         yield connected
 
 
 def load(client: Client, name: str, model: str, **engine_args: Any) -> EngineReport:
+    """On the first device."""
     report = client.load(
-        name, model, ranks=1, timeout_s=900, **{**ENGINE_ARGS, **engine_args}
+        name, model, ranks=[0], timeout_s=900, **{**ENGINE_ARGS, **engine_args}
     )
     return part(report, name)
 
@@ -121,8 +122,7 @@ def tokens_of(client: Client, name: str) -> list[list[int]]:
 
 
 def used_bytes(client: Client) -> int:
-    (rank,) = ranks_at_rest(client)
-    return rank.memory_used_bytes
+    return sum(rank.memory_used_bytes for rank in ranks_at_rest(client))
 
 
 def rate(report: EngineReport) -> dict[str, float]:
@@ -235,6 +235,43 @@ def test_memory_is_back_after_each_unload(
     except ReleaseIncomplete as error:
         pytest.fail(f"after {len(used)} cycles: {error}")
     figure(left_mib=[(each - used[0]) / 2**20 for each in used])
+    assert max(used[1:]) - used[0] < MAX_LEFT_BYTES
+
+
+def test_worlds_of_two_devices_are_formed_and_closed_again(
+    client: Client,
+    models: list[str],
+    plain: dict[str, list[list[int]]],
+    num_devices: int,
+    figure: Callable[..., None],
+) -> None:
+    """A real collective world, beside and after worlds of one rank each."""
+    if num_devices < 2:
+        pytest.skip("needs two devices")
+    load(client, "first", models[0])
+    client.sleep("first")
+    seconds, used = [], []
+    for _ in range(NUM_CYCLES):
+        report = client.load(
+            "wide",
+            models[1],
+            ranks=[0, 1],
+            timeout_s=900,
+            **{**ENGINE_ARGS, "tensor_parallel_size": 2},
+        )
+        seconds.append(part(report, "wide").phases["form_world"])
+        wide = tokens_of(client, "wide")
+        client.sleep("wide")
+        client.wake_up("wide")
+        assert tokens_of(client, "wide") == wide
+        client.unload("wide")
+        used.append(used_bytes(client))
+    client.wake_up("first")
+    assert tokens_of(client, "first") == plain[models[0]]
+    figure(
+        form_world_s=[round(each, 4) for each in seconds],
+        left_mib=[(each - used[0]) / 2**20 for each in used],
+    )
     assert max(used[1:]) - used[0] < MAX_LEFT_BYTES
 
 
