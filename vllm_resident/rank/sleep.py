@@ -288,16 +288,13 @@ class DeviceMemory(ResidentMemory):
     def refusal(self, level: int) -> str:
         if not self._held.allocations:
             return "it was loaded with enable_sleep_mode=False: unload it instead"
-        if level == 2:
-            return self._refusal_of_level_2()
+        if level == 2 and not hasattr(self._worker, "reload_weights"):
+            # vllm-ascend 0.23.0.post1; and it reads them only in another format.
+            return "the worker of this device cannot read weights again: use level 1"
+        # What sleeps already takes no more.
+        stored = (WEIGHTS, *_KEPT) if level == 1 else _KEPT
         mover = allocator.installed(self._device).mover
-        return mover.refusal(self._held, (WEIGHTS, *_KEPT)) if self.level == 0 else ""
-
-    def _refusal_of_level_2(self) -> str:
-        if hasattr(self._worker, "reload_weights"):
-            return ""
-        # vllm-ascend 0.23.0.post1; and it reads them only in another format.
-        return "the worker of this device cannot read weights again: use level 1"
+        return mover.refusal(self._held, stored)
 
     def suspend(self, level: int = 1) -> None:
         self._num_freed_bytes = 0 if self.level else self.num_weight_bytes
