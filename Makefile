@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format clean
+.PHONY: help venv demo test test-slow gpu check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -22,6 +22,9 @@ test: venv  ## the default test run (minutes)
 
 test-slow: venv  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow
+
+gpu:  ## what this machine's GPUs or NPUs allow (PYTHON=...: an environment with torch)
+	@$(PYTHON) scripts/gpu.py
 
 check: venv  ## format, lint, types, import rules, unit tests (seconds)
 	$(BIN)/ruff format --check --quiet .

@@ -52,7 +52,9 @@ class EngineReport(msgspec.Struct, frozen=True):
     `phases` maps phase to seconds on the slowest rank, in order of execution,
     `rank_phases` the same for each rank; `began_s` is the start of it, in seconds after
     the switch's. Memory is bytes per global rank as the device counts it (resident
-    memory on CPU), `moved_bytes` what was copied between host and device on all ranks.
+    memory on CPU), `moved_bytes` what was copied between host and device on all ranks,
+    in `moved_s` seconds on the slowest, over links that could do `link_bytes_per_s`
+    together when the ranks started; 0 where nothing was timed or measured.
     """
 
     name: str
@@ -67,6 +69,8 @@ class EngineReport(msgspec.Struct, frozen=True):
     began_s: float = 0.0
     moved_bytes: int = 0
     sleep_level: int = 0
+    moved_s: float = 0.0
+    link_bytes_per_s: float = 0.0
 
 
 class SwitchReport(msgspec.Struct, frozen=True):
@@ -462,7 +466,8 @@ class EngineBuilt(FromRank, frozen=True, kw_only=True):
 
 class EngineSuspended(FromRank, frozen=True, kw_only=True):
     """It sleeps here at `level`; `memory` is what it still has, `moved_bytes` what was
-    copied to the host."""
+    copied to the host in `moved_s` seconds, over a link that could do
+    `link_bytes_per_s` when the rank started (0: not measured)."""
 
     generation: int
     level: int
@@ -471,15 +476,21 @@ class EngineSuspended(FromRank, frozen=True, kw_only=True):
     memory_after_bytes: int
     memory: EngineMemory
     moved_bytes: int = 0
+    moved_s: float = 0.0
+    link_bytes_per_s: float = 0.0
 
 
 class EngineResumed(FromRank, frozen=True, kw_only=True):
+    """It is awake here; the last three are as in `EngineSuspended`, the other way."""
+
     generation: int
     phases: dict[str, float]
     memory_before_bytes: int
     memory_after_bytes: int
     memory: EngineMemory
     moved_bytes: int = 0
+    moved_s: float = 0.0
+    link_bytes_per_s: float = 0.0
 
 
 class EngineClosed(FromRank, frozen=True, kw_only=True):

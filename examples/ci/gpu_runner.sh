@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# A CI job on a GPU runner: a rank for each of its GPUs, nothing left behind.
+# A CI job on a GPU runner: what its GPUs allow, with one report; then a pool with a
+# rank for each of them, nothing left behind.
 #
-#   pip install -e '.[cuda]' && examples/ci/gpu_runner.sh
+#   pip install -e '.[cuda]' pytest && examples/ci/gpu_runner.sh
 #
 # Where there is no GPU it says so and passes: the same pipeline runs on both kinds.
+# PYTHON names the environment's python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -18,6 +20,7 @@ if ! command -v vllm-resident >/dev/null; then
     echo "there is a GPU but no vllm-resident: pip install -e '.[cuda]'" >&2
     exit 1
 fi
+make --no-print-directory gpu PYTHON="${PYTHON:-python3}"
 # The tiny model's heads divide by two, not by more.
 [ "$NUM_RANKS" -le 2 ] || NUM_RANKS=2
 export NUM_RANKS

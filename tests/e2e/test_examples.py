@@ -175,6 +175,14 @@ def test_the_job_of_a_cpu_runner(user: Shell) -> None:
     assert done.stdout.splitlines()[-1] == "passed; nothing left behind"
 
 
+@pytest.mark.skipif(Path("/dev/davinci_manager").exists(), reason="there is an NPU")
+def test_the_job_of_an_npu_runner_without_an_npu(user: Shell) -> None:
+    done = user.run("examples/ci/npu_runner.sh")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no NPU on this runner" in done.stdout
+    assert "nothing was run" in done.stdout
+
+
 def test_the_job_of_a_gpu_runner_without_a_gpu(user: Shell, tmp_path: Path) -> None:
     """As where the driver is missing or broken, whatever this machine has."""
     tool = tmp_path / "nvidia-smi"

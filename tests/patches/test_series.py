@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patches import imported
 from tests.patches.small_tree import (
     FILES,
     VERSION,
@@ -92,7 +93,7 @@ def test_the_series_holds_for_the_installed_vllm() -> None:
 
 
 def test_there_is_a_series_for_each_version_promised() -> None:
-    assert series.versions() == ["0.32.0", "0.33.0"]
+    assert series.versions() == ["0.23.0", "0.32.0", "0.33.0"]
 
 
 def test_every_version_has_every_patch() -> None:
@@ -102,6 +103,10 @@ def test_every_version_has_every_patch() -> None:
         for version in series.versions()
     }
     assert slugs["0.32.0"] == slugs["0.33.0"]
+    not_needed = ["kernel-overrides-once"]
+    assert slugs["0.23.0"] == [
+        slug for slug in slugs["0.32.0"] if slug not in not_needed
+    ]
 
 
 @pytest.mark.slow
@@ -118,15 +123,28 @@ def test_the_series_holds_for_the_wheel(version: str, tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("vllm-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name in series.read(version).base or name in (
-                "vllm/__init__.py",
-                "vllm/_version.py",
-            ):
+            if name.startswith("vllm/") and name.endswith(".py"):
                 archive.extract(name, tmp_path / "sources")
     wheel.unlink()
-    verdicts = check([tree.find(tmp_path / "sources")])
+    sources = tree.find(tmp_path / "sources")
+    verdicts = check([sources])
     assert problems(verdicts) == []
     assert version in [each.version for each in verdicts if each.sources]
+    tree.apply(sources, series.read(version))
+    assert imported.missing(sources.root) == []
+
+
+def test_what_is_imported_is_in_the_installed_vllm(tmp_path: Path) -> None:
+    """Of the patched copies where there are any."""
+    status = actions.status()
+    patched = tmp_path / "sources"
+    for file in status.files:
+        (patched / file).parent.mkdir(parents=True, exist_ok=True)
+        original = (Path(status.root) / file).read_bytes()
+        text = tree.patched_text(series.read(status.version), file, original)
+        (patched / file).write_bytes(text)
+    assert imported.missing(patched, Path(status.root)) == []
+    assert "vllm.config" in imported.modules()
 
 
 def test_the_installed_vllm_is_as_its_wheel_was() -> None:
@@ -206,6 +224,26 @@ def test_check_wants_a_pristine_tree(patches: Path, tmp_path: Path) -> None:
     actions.apply(tmp_path / "pristine", patches)
     pristine = Tree(tmp_path / "pristine", VERSION)
     assert "has patches in it" in problems(check([pristine], patches))[0]
+
+
+def test_a_patch_says_which_version_has_none(patches: Path, tmp_path: Path) -> None:
+    newer = patches / "v1.3.0"
+    shutil.copytree(patches / f"v{VERSION}", newer)
+    base = (newer / "BASE").read_text().replace(VERSION, "1.3.0")
+    (newer / "BASE").write_text(base)
+    (newer / "series").write_text("fast\n")
+    (newer / "groups.patch").unlink()
+    older = patches / f"v{VERSION}" / "groups.patch"
+    found = problems(check([], patches))
+    assert any("does not say why 1.3.0 has none" in each for each in found)
+    older.write_text(
+        older.read_text().replace("Test: ", "Absent: 1.3.0, done there.\nTest: ", 1)
+    )
+    found = problems(check([], patches))
+    assert not any("groups.patch" in each for each in found)
+    shutil.copy(older, newer)
+    found = problems(check([], patches))
+    assert any("absent from 1.3.0, where it is" in each for each in found)
 
 
 def test_check_finds_a_readme_that_is_not_current(patches: Path) -> None:

@@ -514,6 +514,26 @@ def test_a_summary_of_a_switch_says_its_path_and_its_gap() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("moved_s", "link", "words"),
+    [
+        (0.0, 0.0, "10.00 GiB moved"),
+        (0.5, 0.0, "10.00 GiB moved at 21.5 GB/s"),
+        (0.5, 25e9, "10.00 GiB moved at 21.5 GB/s, 86% of the link"),
+    ],
+)
+def test_a_summary_says_how_fast_weights_moved(
+    moved_s: float, link: float, words: str
+) -> None:
+    part = EngineReport(
+        "tiny", "wake_up", 8, [0], 0.6, {}, {}, {},
+        moved_bytes=10 * 2**30, moved_s=moved_s, link_bytes_per_s=link,
+    )  # fmt: skip
+    text = rendered(display.switch_summary(SwitchReport("wake_up", 0.6, {}, [part])))
+    line = next(line for line in text.splitlines() if line.startswith("tiny woken"))
+    assert line.endswith(words)
+
+
 def test_a_summary_names_ranks_seconds_and_phases() -> None:
     text = rendered(display.switch_summary(REPORT))
     assert "chat loaded: ranks 0, 1, 2.00 s, generation 7" in text

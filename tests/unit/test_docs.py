@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
     "CHANGELOG.md",
+    "docs/ACCELERATORS.md",
     "docs/ARCHITECTURE.md",
     "docs/CONTRIBUTING.md",
     "docs/HTTP.md",

@@ -96,6 +96,29 @@ def test_vllms_version_is_read_without_importing_it(
     assert (found.verdict, version in found.found) == (verdict, True)
 
 
+def test_vllm_ascend_has_a_base_and_a_torch_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.23.0 was built with torch 2.11; vllm-ascend runs it on 2.10."""
+    versions = {"torch": "2.10.0", "vllm": "0.23.0", "vllm-ascend": "0.23.0.post1"}
+    wanted = {"vllm": ["torch==2.11.0"], "vllm-ascend": ["torch==2.10.0"]}
+    install(monkeypatch, versions)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted[name])
+    (tmp_path / "_version.py").write_text("__version__ = version = '0.23.0'\n")
+
+    class Spec:
+        origin = str(tmp_path / "__init__.py")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: Spec)
+    checks = {found.name: found for found in software.check_software()}
+    assert checks["vllm"].verdict == "ok"
+    assert checks["torch for vllm"].found == "vllm-ascend wants 2.10.0"
+    del versions["vllm-ascend"]
+    checks = {found.name: found for found in software.check_software()}
+    assert checks["vllm"].verdict == "warn"
+    assert checks["torch for vllm"].verdict == "fail"
+
+
 def test_fewer_cores_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 4})
     assert check("cores", 3).verdict == "ok"

@@ -156,8 +156,19 @@ def _engine_line(engine: EngineReport) -> str:
         f"{ranks}, {_seconds(engine.seconds)} s, generation {engine.generation}"
     )
     if engine.moved_bytes:
-        line += f", {_size(engine.moved_bytes)} moved"
+        line += f", {_size(engine.moved_bytes)} moved{_speed(engine)}"
     return f"{line}\n  [dim]{phases}[/]" if phases else line
+
+
+def _speed(engine: EngineReport) -> str:
+    """At which rate, and of what the link could do; where it was timed, and known."""
+    if not engine.moved_s:
+        return ""
+    rate = engine.moved_bytes / engine.moved_s
+    of_link = ""
+    if engine.link_bytes_per_s:
+        of_link = f", {rate / engine.link_bytes_per_s:.0%} of the link"
+    return f" at {rate / 1e9:.1f} GB/s{of_link}"
 
 
 def pool_tables(status: PoolStatus) -> RenderableType:

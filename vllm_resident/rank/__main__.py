@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vllm_resident import keys, transport
 from vllm_resident.config import CONFIG_VARIABLE, read_pool
-from vllm_resident.errors import PatchError, ResidentError
+from vllm_resident.errors import ResidentError
 from vllm_resident.keys import KEY_FILE_VARIABLE, PoolKey
 from vllm_resident.rank import supervisor
 from vllm_resident.rank.device import Device
@@ -101,7 +101,7 @@ def main() -> int:
             int(os.environ["LOCAL_RANK"]),
             int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
         )
-    except PatchError as error:
+    except ResidentError as error:
         _say(str(error), terminal)
         return 2
     if not arguments.controller and rank == 0:

@@ -12,15 +12,21 @@ from __future__ import annotations
 import importlib
 import os
 import random
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.ir.op import IrOp
+from vllm.platforms import current_platform
+
+from vllm_resident.rank.holdings import Holdings
 
 # The place in the world first; the others vLLM sets for one engine and would take for
-# the user's own in the next (platforms/cpu.py, distributed/eplb/eplb_utils.py).
+# the user's own in the next (platforms/cpu.py, distributed/eplb/eplb_utils.py;
+# vllm-ascend 0.23.0.post1, platform.py).
 _VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -29,10 +35,11 @@ _VARIABLES = (
     "LOCAL_WORLD_SIZE",
     "NCCL_MAX_CTAS",
     "VLLM_SSM_CONV_STATE_LAYOUT",
+    "PYTORCH_NPU_ALLOC_CONF",
 )
 # The cached environment; a thread setter that the CPU worker replaces; the root of the
 # prefix cache's hashes, which ranks of one engine must agree on; what is otherwise made
-# by the engine built last and used by all.
+# by the engine built last and used by all; what an engine has of the device's memory.
 _GLOBALS = tuple(
     (importlib.import_module(module), name)
     for module, name in (
@@ -47,8 +54,40 @@ _GLOBALS = tuple(
         ("vllm.model_executor.layers.mamba.ops.ssu_dispatch", "_mamba_ssu_backend"),
         ("vllm.distributed.kv_transfer.kv_transfer_state", "_KV_CONNECTOR_AGENT"),
         ("vllm.distributed.ec_transfer.ec_transfer_state", "_EC_CONNECTOR_AGENT"),
+        ("vllm_resident.rank.holdings", "current"),
     )
 )
+# Where all CUDA graphs are captured (platforms/interface.py).
+_GLOBALS += ((type(current_platform), "_global_graph_pool"),)
+# What vllm-ascend keeps per process though it is one engine's (0.23.0.post1), by
+# module, and as it is before any engine. Its modules are not imported for this: what is
+# not there has nothing to keep.
+_ASCEND: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "vllm_ascend.ascend_config": {"_ASCEND_CONFIG": lambda _: None},
+    "vllm_ascend.utils": dict.fromkeys(
+        (
+            "_ENABLE_SP",
+            "_HAS_LAYER_IDX",
+            "_HAS_ROPE",
+            "_IS_DRAFTER_MOE_MODEL",
+            "_IS_MOE_MODEL",
+            "_IS_VL_MODEL",
+            "_WEIGHT_PREFETCH_METHOD",
+            "_potential_max_tokens",
+        ),
+        lambda _: None,
+    ),
+    "vllm_ascend.compilation.acl_graph": dict.fromkeys(
+        ("_graph_params", "_draft_graph_params", "_draft_graph_prefill_params"),
+        lambda _: None,
+    ),
+    "vllm_ascend.ops.fused_moe.moe_comm_method": {"_MoECommMethods": lambda _: {}},
+    # HCCL groups to be used again, by ranks: which count within a world, so that those
+    # of another world would be taken for the same.
+    "vllm_ascend.patch.worker.patch_distributed": {
+        "_HCCL_PG_REGISTRY": lambda module: module.HcclPgRegistry()
+    },
+}
 _ABSENT = object()
 
 Variables = dict[str, str | None]
@@ -63,6 +102,8 @@ class Ambient:
     # By the name of vLLM's operation, which implementations it tries in which order.
     priorities: dict[str, list[Any]]
     random_states: tuple[Any, ...]
+    # By module and name; of what is not in it, as before any engine.
+    ascend: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
 def capture() -> Ambient:
@@ -72,6 +113,7 @@ def capture() -> Ambient:
         [vars(module).get(name, _ABSENT) for module, name in _GLOBALS],
         {name: op._priority_impls for name, op in IrOp.registry.items()},
         _random_states(),
+        {(name, key): getattr(module, key) for name, module, key, _ in _of_ascend()},
     )
 
 
@@ -79,13 +121,16 @@ def restore(ambient: Ambient) -> None:
     """Put what `capture` returned in force."""
     set_variables(ambient.variables)
     for (module, name), value in zip(_GLOBALS, ambient.values, strict=True):
-        if value is _ABSENT:
-            vars(module).pop(name, None)
-        else:
+        if value is not _ABSENT:
             setattr(module, name, value)
+        elif name in vars(module):
+            delattr(module, name)
     for name, op in IrOp.registry.items():
         # Operations may be registered by what an engine imports.
         op._priority_impls = ambient.priorities.get(name, [])
+    for name, module, key, initial in _of_ascend():
+        kept = ambient.ascend.get((name, key), _ABSENT)
+        setattr(module, key, initial(module) if kept is _ABSENT else kept)
     torch.set_rng_state(ambient.random_states[0])
     np.random.set_state(ambient.random_states[1])
     random.setstate(ambient.random_states[2])
@@ -95,10 +140,18 @@ def fresh(place: Variables) -> Ambient:
     """For a new world: as it was before any engine, with the environment's `place`."""
     return Ambient(
         {**_pristine.variables, **place},
-        list(_pristine.values),
+        [Holdings() if type(each) is Holdings else each for each in _pristine.values],
         dict(_pristine.priorities),
         _random_states(),
     )
+
+
+def _of_ascend() -> Iterator[tuple[str, Any, str, Callable[[Any], Any]]]:
+    """(name, module, variable, what makes it as before any engine) of what there is."""
+    for name, keys in _ASCEND.items():
+        if (module := sys.modules.get(name)) is not None:
+            for key, initial in keys.items():
+                yield name, module, key, initial
 
 
 def variables() -> Variables:

@@ -61,6 +61,16 @@ class Device:
         free, total = self._module().mem_get_info(self.index)
         return total - free, total
 
+    def free_bytes(self) -> int:
+        """What the device has left now."""
+        used, total = self.memory()
+        return total - used
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        if self.type != "cpu":
+            self._module().synchronize()
+
     def empty_cache(self) -> None:
         """Give freed memory back to the device (to the kernel on CPU, where the
         allocator otherwise keeps it and resident memory creeps over many loads)."""
@@ -124,6 +134,13 @@ def messaging_context() -> zmq.Context[Any]:
     return context
 
 
+def pinnable_bytes() -> int:
+    """How much host memory this rank may pin for engines that sleep: its share of half
+    of what the machine, or the container, has."""
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(_machine_bytes(), _container_bytes()) // 2 // num_ranks
+
+
 def prepare_process(local_rank: int, local_world_size: int) -> Device:
     """Detect the device and set what must be set before torch and vLLM are imported."""
     device = detect(local_rank)
@@ -138,6 +155,13 @@ def prepare_process(local_rank: int, local_world_size: int) -> Device:
 def _resident_bytes() -> int:
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _container_bytes() -> int:
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no limit is the word "max"
+        return _machine_bytes()
 
 
 def _machine_bytes() -> int:

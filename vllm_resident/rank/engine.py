@@ -34,8 +34,18 @@ from vllm.v1.executor.uniproc_executor import (
 
 from vllm_resident.errors import CommandRejected, ReleaseIncomplete
 from vllm_resident.messages import EngineMemory
-from vllm_resident.rank import ambient, checkpoint, ledger, sleep, turns
+from vllm_resident.rank import (
+    allocator,
+    ambient,
+    budget,
+    checkpoint,
+    holdings,
+    ledger,
+    sleep,
+    turns,
+)
 from vllm_resident.rank.device import Device
+from vllm_resident.rank.transfer import Moved
 from vllm_resident.rank.world import World
 
 OnPhase = Callable[[str], None]
@@ -47,11 +57,14 @@ _engines: set[Engine] = set()
 
 def warm_up(device: Device) -> None:
     """Do what vLLM leaves to the first engine of a process though it is the same for
-    all (0.32.0, v1/worker/worker_base.py, init_worker). Blocks about a second; call it
-    once, before the heap is frozen."""
+    all (0.32.0, v1/worker/worker_base.py, init_worker), and make its allocator fit for
+    several. Blocks about a second; call it once, before the heap is frozen."""
     load_general_plugins()
-    current_platform.register_triton_kernel_overrides()
+    # 0.23.0 has none.
+    if hasattr(current_platform, "register_triton_kernel_overrides"):
+        current_platform.register_triton_kernel_overrides()
     importlib.import_module(device.worker_module)
+    allocator.install(device)
 
 
 def engine_arg_names() -> list[str]:
@@ -68,6 +81,8 @@ class Prepared:
     config: VllmConfig
     variables: ambient.Variables
     memory: EngineMemory
+    # As the arguments have it; `config`'s is of the device it is built on.
+    utilization: float
 
 
 def configure(model: str, engine_args: dict[str, Any]) -> Prepared:
@@ -89,7 +104,12 @@ def configure(model: str, engine_args: dict[str, Any]) -> Prepared:
         config = EngineArgs(
             model=model, distributed_executor_backend=BACKEND, **args
         ).create_engine_config(UsageContext.LLM_CLASS)
-        return Prepared(config, ambient.variables(), _expected_memory(config))
+        return Prepared(
+            config,
+            ambient.variables(),
+            _expected_memory(config),
+            config.cache_config.gpu_memory_utilization,
+        )
     # Whatever vLLM, transformers or pydantic raise about arguments and config files:
     # nothing was built, so it is the caller's to mend.
     except Exception as error:
@@ -159,6 +179,7 @@ class Engine:
         self._device = device
         self._backend = backend
         self._can_read_again = can_read_again
+        self._held = holdings.current
         self._model = weakref.ref(llm.model_executor.driver_worker.get_model())
         ledger.count_model(self._model)
         self.released = False
@@ -182,7 +203,7 @@ class Engine:
         """
         world.enter()
         world.set_variables(prepared.variables)
-        others = sleep.allocations_of_others(device)
+        _fit(prepared, device)
         on_phase("tokenizer")
         with _no_collections():
             llm = LLMEngine(
@@ -197,13 +218,14 @@ class Engine:
                 usage_context=UsageContext.LLM_CLASS,
             )
         # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
-        llm.engine_core._finalizer.detach()
+        if finalizer := getattr(llm.engine_core, "_finalizer", None):
+            finalizer.detach()
         worker = llm.model_executor.driver_worker.worker
         return cls(
             llm,
             world,
             device,
-            sleep.engine_memory(worker, device, others),
+            sleep.engine_memory(worker, device),
             can_read_again=sleep.can_read_again(prepared.config),
         )
 
@@ -254,9 +276,11 @@ class Engine:
                 "its weights did not come from a checkpoint that can be read again: "
                 "it can sleep at level 1 only"
             )
+        if level != self.sleep_level and (refusal := self._backend.refusal(level)):
+            raise CommandRejected(refusal)
 
-    def sleep(self, level: int, on_phase: OnPhase) -> int:
-        """Give its memory back, on this rank; returns the bytes copied to the host.
+    def sleep(self, level: int, on_phase: OnPhase) -> Moved:
+        """Give its memory back, on this rank; returns what was copied to the host.
 
         It must have no work left. Level 1 keeps the weights in host memory, level 2
         nothing but the engine itself; from 1 it may go on to 2. No-op at the level it
@@ -266,7 +290,7 @@ class Engine:
         """
         self.check_sleep(level)
         if level == self.sleep_level:
-            return 0
+            return Moved()
         if self.has_work:
             raise CommandRejected("it has requests: abort them before it sleeps")
         self.world.enter()
@@ -282,8 +306,7 @@ class Engine:
         if level == 2:
             self._device.empty_cache()
         self._prove_asleep(before)
-        on_device = self._device.type != "cpu" and was_awake and level == 1
-        return self._backend.num_weight_bytes if on_device else 0
+        return self._backend.moved
 
     def _prove_asleep(self, before: int) -> None:
         """Raise `ReleaseIncomplete` unless the memory is back, of which the device had
@@ -295,27 +318,30 @@ class Engine:
         freed = self._backend.num_freed_bytes()
         ledger.require_fall(before, after, freed, name, "free_weights")
 
-    def wake_up(self, on_phase: OnPhase) -> int:
-        """Have its memory again and be ready to step; returns the bytes brought back
-        to the device. No-op for an engine that is awake.
+    def wake_up(self, on_phase: OnPhase) -> Moved:
+        """Have its memory again and be ready to step; returns what was brought back,
+        from the host or its files. No-op for an engine that is awake.
 
         Blocks while weights are read (level 2). `on_phase` hears `read_weights`,
         `restore_kv_cache`, `resume`. An error leaves it unfit: release it.
         """
         if (level := self.sleep_level) == 0:
-            return 0
+            return Moved()
         self.world.enter()
         on_phase("read_weights")
         self._backend.resume([sleep.WEIGHTS])
+        moved = self._backend.moved
         on_phase("restore_kv_cache")
         self._backend.resume([sleep.KV_CACHE])
+        moved += self._backend.moved
         on_phase("resume")
         self.core.resume_scheduler()
         if level == 2:
             # What reading left over.
             self._device.empty_cache()
-        stayed = self._device.type == "cpu" and level == 1
-        return 0 if stayed else self._backend.num_weight_bytes
+            # Not copied but read: no rate of the link's.
+            moved = Moved(moved.num_bytes + self._backend.num_weight_bytes)
+        return moved
 
     def release(self) -> None:
         """Destroy the engine and its world and give everything back.
@@ -332,11 +358,13 @@ class Engine:
         llm, core = self.llm, self.core
         try:
             core.shutdown()
-            llm._finalizer()
+            if finalizer := getattr(llm, "_finalizer", None):  # 0.23.0 has none
+                finalizer()
         finally:
             del self.llm, self._backend, llm, core
             self.world.close()
             _collect(self._device)
+            _give_back(self._device, self._held)
         if (model := self._model()) is not None:
             holders = [type(each).__name__ for each in gc.get_referrers(model)]
             raise ReleaseIncomplete(
@@ -360,10 +388,27 @@ def abandon(error: BaseException | None, world: World, device: Device) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+    held = holdings.Holdings()
+    if not world.closed:
+        world.enter()
+        held = holdings.current
     try:
         world.close()
     finally:
         _collect(device)
+        _give_back(device, held)
+
+
+def _fit(prepared: Prepared, device: Device) -> None:
+    """Let the engine have its share of what the device has left; on CPU vLLM's own
+    check is of what is free."""
+    if device.type == "cpu":
+        return
+    device.empty_cache()
+    used, total = device.memory()
+    prepared.config.cache_config.gpu_memory_utilization = budget.utilization(
+        prepared.utilization, prepared.memory, total - used, total
+    )
 
 
 @contextmanager
@@ -385,6 +430,14 @@ def _collect(device: Device) -> None:
     if not _engines:
         gc.freeze()
     device.empty_cache()
+
+
+def _give_back(device: Device, held: holdings.Holdings) -> None:
+    """Let go of what held a gone engine's memory; with the last engine, of the host
+    memory that was pinned for sleepers."""
+    sleep.release(device, held)
+    if not _engines:
+        allocator.trim(device)
 
 
 class PhaseClock:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -26,12 +25,13 @@ from vllm.v1.engine import (
     FinishReason,
     UtilityOutput,
 )
-from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from vllm_resident.errors import CommandRejected, ProtocolError
 from vllm_resident.keys import PoolKey
 from vllm_resident.rank.lockstep import SHARED_UTILITIES, Leader
+from vllm_resident.rank.versions import ready_response
 from vllm_resident.transport import connect, open_socket
 
 log = logging.getLogger("vllm_resident.rank")
@@ -318,15 +318,7 @@ class Frontends:
             self.disconnect(frontend.number)
 
     def _ready(self) -> bytes:
-        # What it reads of the core's process, of which this core has none.
-        core = SimpleNamespace(
-            vllm_config=self._core.vllm_config,
-            scheduler=self._core.scheduler,
-            model_executor=self._core.model_executor,
-            frontend_stats_publish_address=None,
-            engine_index=0,
-        )
-        return msgspec.msgpack.encode(EngineCoreProc._make_ready_response(core))
+        return msgspec.msgpack.encode(ready_response(self._core))
 
     def _report(self) -> None:
         count, now = self.num_requests, time.monotonic()

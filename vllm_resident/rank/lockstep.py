@@ -20,7 +20,6 @@ from typing import Any
 
 import msgspec
 import zmq
-from vllm.multimodal.cache.base import MultiModalCacheMissError
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -38,6 +37,7 @@ from vllm_resident.errors import (
     RankDiverged,
     RankFailure,
 )
+from vllm_resident.rank.versions import MultiModalCacheMissError
 
 # vLLM's utility calls that change what a scheduler does next: every rank makes them at
 # the same step. None of them runs code or reads files that its caller names.

@@ -275,13 +275,14 @@ class RankLoop:
                 self._survive(command)
             else:
                 self._deferred.append(command)
-        for hosted in list(self._hosted.values()):
+        serving = list(self._hosted.values()) if turns.may_step(self._device) else []
+        for hosted in serving:
             if not hosted.steps or len(hosted.ranks) > 1:
                 continue
             self._serving.hear(hosted)
             if hosted.has_work:
                 assert hosted.engine is not None
-                with turns.aside(hosted.engine.config):
+                with turns.aside(hosted.engine.config, self._device):
                     self._step_engine(hosted)
         assert building.world is not None
         building.world.enter()
@@ -348,7 +349,9 @@ class RankLoop:
                 memory_before_bytes=suspension.memory_before_bytes,
                 memory_after_bytes=self._device.memory()[0],
                 memory=engine.memory(),
-                moved_bytes=moved,
+                moved_bytes=moved.num_bytes,
+                moved_s=moved.seconds,
+                link_bytes_per_s=moved.link_bytes_per_s,
             )
         )
 
@@ -388,7 +391,9 @@ class RankLoop:
                 memory_before_bytes=before,
                 memory_after_bytes=self._device.memory()[0],
                 memory=hosted.engine.memory(),
-                moved_bytes=moved,
+                moved_bytes=moved.num_bytes,
+                moved_s=moved.seconds,
+                link_bytes_per_s=moved.link_bytes_per_s,
             )
         )
 

@@ -2,18 +2,16 @@
 
 vLLM's `SleepModeBackend` (v1/worker/gpu_worker.py, 0.32.0), one for each engine. On CPU
 vLLM has none: there the memory is given back page by page, where it is. On the others
-this is vLLM's own, kept to the allocations of one engine, since vLLM's allocator is one
-per process. Knows nothing of schedulers, worlds or commands.
+this is vLLM's own, kept to the allocations of one engine by `allocator`. Knows nothing
+of schedulers, worlds or commands.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,14 +19,17 @@ from typing import Any
 import torch
 from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
-from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 from vllm.model_executor.model_loader import get_model, get_model_loader
 
-from vllm_resident.rank import pages
+from vllm_resident.rank import allocator, holdings, pages
 from vllm_resident.rank.device import Device
+from vllm_resident.rank.transfer import Moved
+from vllm_resident.rank.versions import SleepModeBackend
 
 KV_CACHE = "kv_cache"
 WEIGHTS = "weights"
+# What vLLM keeps at every level beside weights (0.32.0, sleep_mode_backend.py).
+_KEPT = ("runtime", "cudagraph")
 
 
 def can_read_again(config: VllmConfig) -> bool:
@@ -51,6 +52,12 @@ class ResidentMemory(SleepModeBackend):
         super().__init__()
         self._worker = worker
         self.level = 0
+        # By the last `suspend` or `resume`.
+        self.moved = Moved()
+
+    def refusal(self, level: int) -> str:  # noqa: ARG002
+        """Why it cannot sleep at `level` now; empty where it can."""
+        return ""
 
     def held(self) -> dict[str, int]:
         """Bytes by tag that should be given back at this level and are not."""
@@ -260,58 +267,69 @@ def _ranges(storages: list[tuple[int, int]]) -> list[pages.Range]:
 
 # ------------------------------------------------------------------ CUDA and NPU
 
-_ALLOCATORS = {
-    "cuda": ("vllm.device_allocator.cumem", "CuMemAllocator"),
-    "npu": ("vllm_ascend.device_allocator.camem", "CaMemAllocator"),
-}
-
-
-def _allocations(device: Device) -> tuple[Any, dict[int, Any]]:
-    module, name = _ALLOCATORS[device.type]
-    allocator = getattr(importlib.import_module(module), name).get_instance()
-    return allocator, allocator.pointer_to_data
-
 
 class DeviceMemory(ResidentMemory):
-    """vLLM's own sleep mode (`enable_sleep_mode`), of one engine among several.
+    """vLLM's own sleep mode (`enable_sleep_mode`), of one engine among several: its
+    worker's functions do what they do, on the allocator that is `allocator`'s.
 
-    The allocator's functions walk all allocations of the process, so they are shown
-    this engine's alone: those made since `others` were (0.32.0, cumem.py).
+    What else is in the allocator beside weights and KV cache (0.32.0: graphs, runtime
+    state) stays in host memory at every level.
     """
 
-    def __init__(self, worker: Any, device: Device, others: frozenset[int]) -> None:
-        super().__init__(worker)
+    def __init__(self, worker: Any, device: Device) -> None:
+        super().__init__()
+        self._worker = worker
         self._device = device
-        self._mine = _allocations(device)[1].keys() - others
-        self.num_kv_cache_bytes = self._num_bytes((KV_CACHE,))
-        self.num_weight_bytes = self._num_bytes((WEIGHTS,))
+        self._held = holdings.current
+        self.num_kv_cache_bytes = self._held.num_bytes(KV_CACHE)
+        self.num_weight_bytes = self._held.num_bytes(WEIGHTS)
         self._num_freed_bytes = 0
+
+    def refusal(self, level: int) -> str:
+        if not self._held.allocations:
+            return "it was loaded with enable_sleep_mode=False: unload it instead"
+        if level == 2 and not hasattr(self._worker, "reload_weights"):
+            # vllm-ascend 0.23.0.post1; and it reads them only in another format.
+            return "the worker of this device cannot read weights again: use level 1"
+        # What sleeps already takes no more.
+        stored = (WEIGHTS, *_KEPT) if level == 1 else _KEPT
+        mover = allocator.installed(self._device).mover
+        return mover.refusal(self._held, stored)
 
     def suspend(self, level: int = 1) -> None:
         self._num_freed_bytes = 0 if self.level else self.num_weight_bytes
-        with self._alone() as allocations:
-            if self.level == 0:
-                # Of use if level 2 comes later: asleep, they could not be read.
-                self._worker._sleep_saved_buffers = {
-                    name: buffer.cpu().clone()
-                    for name, buffer in self._worker.get_model().named_buffers()
-                }
-                self._worker.sleep(level)
-            elif level == 2:
-                for data in allocations.values():
-                    if data.tag == WEIGHTS:
-                        data.cpu_backup_tensor = None
+        installed = allocator.installed(self._device)
+        if self.level == 0 and self._device.type == "npu":
+            installed.sleep((WEIGHTS, *_KEPT))
+        elif self.level == 0:
+            # Of use if level 2 comes later: asleep, they could not be read.
+            self._worker._sleep_saved_buffers = {
+                name: buffer.cpu().clone()
+                for name, buffer in self._worker.get_model().named_buffers()
+            }
+            self._worker.sleep(level)
+        elif level == 2:
+            installed.mover.forget(self._held, WEIGHTS)
+        self.moved = installed.take_moved()
         self.level = level
         self._state = "SUSPENDED"
 
     def discard(self, tags: tuple[str, ...]) -> None:
-        with self._alone():
-            self._worker.discard(tags)
+        # The worker tells KV connectors, where it knows of discarding (not in 0.23.0).
+        by = self._worker if hasattr(self._worker, "discard") else None
+        (by or allocator.installed(self._device)).discard(tags)
 
     def resume(self, tags: list[str] | None = None) -> None:
         self._state = "RESUMING"
-        with self._alone():
+        installed = allocator.installed(self._device)
+        if self._device.type == "npu":
+            # vllm-ascend's worker prepares for weights that come from a trainer next:
+            # it turns some round, and refuses others' format (worker.py, wake_up).
+            installed.wake_up(tags)
+            self._device.synchronize()
+        else:
             self._worker.wake_up(tags)
+        self.moved = installed.take_moved()
         if self.level == 2 and (tags is None or WEIGHTS in tags):
             self._worker.reload_weights()
         if tags is None or KV_CACHE in tags:
@@ -321,36 +339,14 @@ class DeviceMemory(ResidentMemory):
     def num_freed_bytes(self) -> int:
         return self._num_freed_bytes
 
-    def _num_bytes(self, tags: tuple[str, ...]) -> int:
-        allocations = _allocations(self._device)[1]
-        mine = (data for ptr, data in allocations.items() if ptr in self._mine)
-        return sum(data.handle[1] for data in mine if data.tag in tags)
 
-    @contextmanager
-    def _alone(self) -> Iterator[dict[int, Any]]:
-        # What the allocator's own collection would free may be another engine's.
-        gc.collect()
-        self._device.empty_cache()
-        allocator, everyone = _allocations(self._device)
-        mine = {ptr: data for ptr, data in everyone.items() if ptr in self._mine}
-        allocator.pointer_to_data = dict(mine)
-        try:
-            yield mine
-        finally:
-            for ptr in mine.keys() - allocator.pointer_to_data.keys():
-                del everyone[ptr]
-            allocator.pointer_to_data = everyone
+def release(device: Device, held: holdings.Holdings) -> None:
+    """Give the device back what an engine that is gone had in vLLM's allocator; no-op
+    on CPU."""
+    if device.type != "cpu" and held.pools:
+        allocator.installed(device).mover.bury(held)
 
 
-def allocations_of_others(device: Device) -> frozenset[int]:
-    """What is allocated before an engine is built, for `engine_memory` after it."""
-    return frozenset() if device.type == "cpu" else frozenset(_allocations(device)[1])
-
-
-def engine_memory(
-    worker: Any, device: Device, others: frozenset[int]
-) -> ResidentMemory:
-    """The memory of an engine just built, by its worker."""
-    if device.type == "cpu":
-        return CpuMemory(worker)
-    return DeviceMemory(worker, device, others)
+def engine_memory(worker: Any, device: Device) -> ResidentMemory:
+    """The memory of an engine just built, by its worker, while its world is entered."""
+    return CpuMemory(worker) if device.type == "cpu" else DeviceMemory(worker, device)

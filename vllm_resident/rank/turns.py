@@ -19,6 +19,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.vllm import get_cached_compilation_config
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from vllm_resident.rank import allocator
+from vllm_resident.rank.device import Device
+
 # So much of the build at least lies between two turns: each costs some microseconds
 # even where nobody wants one.
 BETWEEN_S = 0.002
@@ -69,15 +72,25 @@ class _Offer:
         self()
 
 
+def may_step(device: Device) -> bool:
+    """Whether all that a build sets can be put `aside` right now."""
+    return allocator.can_step_aside(device)
+
+
 @contextmanager
-def aside(config: VllmConfig) -> Iterator[None]:
+def aside(config: VllmConfig, device: Device) -> Iterator[None]:
     """Put aside what a build sets for the process while it loads a model, for the
-    engine of `config` to step as it does otherwise: default dtype and device, and
-    vLLM's current configuration (0.32.0, model_loader/base_loader.py)."""
+    engine of `config` to step as it does otherwise: default dtype and device, vLLM's
+    current configuration (0.32.0, model_loader/base_loader.py), and the pool that is
+    allocated in (v1/worker/gpu_worker.py). Only where it `may_step`."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(_DEFAULT_DTYPE)
     try:
-        with torch.device("cpu"), set_current_vllm_config(config):
+        with (
+            allocator.aside(device),
+            torch.device("cpu"),
+            set_current_vllm_config(config),
+        ):
             yield
     finally:
         torch.set_default_dtype(dtype)
