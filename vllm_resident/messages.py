@@ -519,13 +519,15 @@ class SwitchMoved(ToClient, frozen=True, kw_only=True):
 class SwitchEnded(ToClient, frozen=True, kw_only=True):
     """A switch is over. `sequence` counts the ends, without gaps, in the life of the
     controller that `session` names; `age_s` is how long ago it began, `number` what
-    `SwitchStatus` called it."""
+    `SwitchStatus` called it; `engines` are all that it was about, also where the report
+    has nothing of them."""
 
     session: str
     sequence: int
     number: int
     age_s: float
     cause: str
+    engines: list[str]
     report: SwitchReport
 
 

@@ -78,6 +78,7 @@ def test_a_watcher_is_told_of_a_switch_from_its_begin_to_its_end() -> None:
     assert (moved.switch.stage, moved.switch.elapsed_s) == ("bringing_up", 1.5)
     assert isinstance(ended, SwitchEnded)
     assert (ended.number, ended.sequence, ended.age_s) == (begun.switch.number, 1, 1.5)
+    assert ended.engines == ["a"]
     assert ended.report.action == "load"
     assert ended.cause.startswith("load")
     assert harness.status().switches == []
@@ -206,14 +207,15 @@ def test_what_was_learned_says_how_long_a_move_will_take() -> None:
     harness.effects = commanded
     harness.answer_all()
     harness.sleep("a")
+    commanded = harness.effects
     harness.now += 0.5
-    harness.answer_all()
-    harness.load(spec("b", [1]))
-    (switch,) = harness.status().switches
-    assert switch.expected_s == pytest.approx(4.0, abs=0.2)
+    harness.effects = commanded
     harness.answer_all()
     harness.wake_up("a")
     assert harness.status().switches[0].expected_s == 0.0
+    harness.answer_all()
+    harness.sleep("a")
+    assert harness.status().switches[0].expected_s == pytest.approx(0.5)
 
 
 # ------------------------------------------------------------ what is counted

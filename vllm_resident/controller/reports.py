@@ -205,8 +205,8 @@ def _move_status(switch: Switch, move: Move) -> MoveStatus:
 
 
 def _expected_s(state: PoolState, switch: Switch) -> float:
-    """What goes, then what comes: as it took before, where all of it was done before.
-    Draining is not in it."""
+    """What goes, then what comes: as it took each of these engines before, where it was
+    done before. Draining is not in it."""
     going = [_learned_s(state, m) for m in switch.moves if m.before == 0]
     coming = [_learned_s(state, m) for m in switch.moves if m.before != 0]
     if None in (*going, *coming):
@@ -215,19 +215,17 @@ def _expected_s(state: PoolState, switch: Switch) -> float:
 
 
 def _learned_s(state: PoolState, move: Move) -> float | None:
-    """None where no engine has made the move yet."""
-    if move.after is None and move.before is not None:
-        return 0.0 if move.before else _average_s(state, move, "sleep")
+    """None where the model has not made the move yet."""
     if move.before is None:
-        return _average_s(state, move, "load")
-    kind = "sleep" if move.after else f"wake_up {move.before}"
-    return _average_s(state, move, kind)
-
-
-def _average_s(state: PoolState, move: Move, kind: str) -> float | None:
+        kind = "load"
+    elif move.after == 0:
+        kind = f"wake_up {move.before}"
+    elif move.before == 0:
+        kind = "sleep"
+    else:
+        return 0.0  # a sleeper that goes deeper, or away
     known = state.demand.usages.get(move.engine.name)
-    own = known.move_s.get(kind) if known else None
-    return own if own is not None else state.demand.move_s.get(kind)
+    return known.move_s.get(kind) if known else None
 
 
 def _rank_status(state: PoolState, rank: Rank) -> RankStatus:

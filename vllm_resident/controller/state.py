@@ -332,6 +332,7 @@ class PastSwitch:
     number: int
     began: float
     cause: str
+    engines: tuple[str, ...]
     report: SwitchReport
 
 

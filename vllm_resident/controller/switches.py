@@ -396,7 +396,8 @@ def _finish(state: PoolState, switch: Switch, now: float) -> None:
     switch.reports.extend(reports.of_moves(switch, now))
     report = reports.switch_report(switch, now)
     state.effects.append(RecordTransition(report, switch.cause, switch.started))
-    past = PastSwitch(switch.number, switch.started, switch.cause, report)
+    names = tuple(dict.fromkeys(move.engine.name for move in switch.moves))
+    past = PastSwitch(switch.number, switch.started, switch.cause, names, report)
     state.history.past.append(past)
     state.history.num_past += 1
     tally.note_switch(state.history.tally, report)

@@ -84,6 +84,7 @@ def _tell_ended(state: PoolState, watcher: Watcher, now: float) -> None:
             number=past.number,
             age_s=now - past.began,
             cause=past.cause,
+            engines=list(past.engines),
             report=past.report,
         )
         state.send_to_client(watcher.client, message)
