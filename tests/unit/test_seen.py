@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html.parser
 import json
 import re
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ from vllm_resident import EngineMemory, EngineStatus, PoolStatus, PoolUnreachabl
 from vllm_resident.controller import tally
 from vllm_resident.controller.tally import Tally
 from vllm_resident.gateway import feed as feeds
-from vllm_resident.gateway import metrics, pool_metrics, pool_routes
+from vllm_resident.gateway import metrics, pool_metrics, pool_routes, status_page
 from vllm_resident.gateway.feed import Event, Feed, Listener
 from vllm_resident.messages import (
     EngineReport,
@@ -497,3 +498,65 @@ async def test_who_comes_again_says_what_it_knows(tmp_path: Path) -> None:
         assert "s.2" not in text
         stream.gone.set()
         await stream.task
+
+
+# ------------------------------------------------------------ the page
+
+
+class _Elements(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+async def test_the_page_needs_no_key_and_allows_only_itself(tmp_path: Path) -> None:
+    async with serving(FakePool(), tmp_path, keys=("a",), operator=("b",)) as app:
+        status, page, headers = await answer_of(app, "/")
+        assert status == 200
+        assert headers["content-type"] == "text/html; charset=utf-8"
+        policy = headers["content-security-policy"].split("; ")
+        assert policy[0] == "default-src 'none'"
+        assert "connect-src 'self'" in policy
+        assert "unsafe" not in headers["content-security-policy"]
+        assert "<title>vllm-resident</title>" in page
+        status, text, same = await answer_of(app, "/", "HEAD")
+        assert (status, text) == (200, "")
+        assert same["content-security-policy"] == headers["content-security-policy"]
+        # What it shows is the operators'.
+        assert (await answer_of(app, "/pool/events"))[0] == 401
+        assert (await answer_of(app, "/", "POST"))[0] == 401
+
+
+def test_the_page_asks_nobody_else_for_anything() -> None:
+    page = status_page.FILE.read_text()
+    elements = _Elements()
+    elements.feed(page)
+    for tag, attributes in elements.found:
+        for name in ("src", "href", "action"):
+            assert (attributes.get(name) or "data:").startswith("data:"), tag
+        assert not any(name.startswith("on") or name == "style" for name in attributes)
+    assert [tag for tag, _ in elements.found].count("script") == 1
+    addresses = set(re.findall(r"https?://[^'\"\s)]+", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "eval(",
+        "document.write",
+    ):
+        assert word not in page
+
+
+def test_every_part_of_the_page_has_a_name() -> None:
+    elements = _Elements()
+    elements.feed(status_page.FILE.read_text())
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in elements.found:
+        for reference in ("for", "aria-labelledby", "aria-describedby"):
+            assert attributes.get(reference) in (None, *ids)
+    assert ("html", {"lang": "en"}) in elements.found

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_resident.client import AsyncClient
 from vllm_resident.errors import ResidentError
-from vllm_resident.gateway import asgi, metrics, problems
+from vllm_resident.gateway import asgi, metrics, problems, status_page
 from vllm_resident.gateway.asgi import (
     Bodies,
     Disconnected,
@@ -79,6 +79,10 @@ class Gateway:
         method, path = scope["method"], scope["path"]
         if path == "/pool" or path.startswith("/pool/"):
             await self._pool_routes(scope, receive, send)
+            return
+        if path == "/" and method in ("GET", "HEAD"):
+            # It says nothing of the pool: what it shows is asked for with a key.
+            await status_page.answer(method, send)
             return
         if path not in _OPEN_PATHS:
             self._keys.check(scope)
