@@ -154,13 +154,22 @@ class PhaseTotal(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class RankPhaseTotal(msgspec.Struct, frozen=True):
-    """One phase of one kind of move of one model, on one rank."""
+class ModelPhaseTotal(msgspec.Struct, frozen=True):
+    """One phase of one kind of move of one model, on the slowest rank."""
+
+    model: str
+    move: str
+    phase: str
+    num_times: int
+    seconds: float
+
+
+class MoveTotal(msgspec.Struct, frozen=True):
+    """One kind of move of one model on one rank: what the rank itself did."""
 
     model: str
     rank: int
     move: str
-    phase: str
     num_times: int
     seconds: float
 
@@ -191,7 +200,8 @@ class PoolTotals(msgspec.Struct, frozen=True):
     bounds_s: list[float] = []
     switches: list[SwitchTotal] = []
     phases: list[PhaseTotal] = []
-    rank_phases: list[RankPhaseTotal] = []
+    model_phases: list[ModelPhaseTotal] = []
+    moves: list[MoveTotal] = []
     steps: list[StepTotal] = []
     ranks: list[RankTotal] = []
 

@@ -81,7 +81,7 @@ def counted() -> PoolTotals:
 
 def page_of(status: PoolStatus | None, totals: PoolTotals | None) -> dict[Any, float]:
     """The page as Prometheus reads it: values by name and labels."""
-    page, _ = metrics.page(lambda: {"chat": (1, 2)}, status, totals)
+    page, _ = metrics.page({"chat": (1, 2)}, status, totals)
     seen: dict[Any, float] = {}
     for family in text_string_to_metric_families(page.decode()):
         for sample in family.samples:
@@ -166,8 +166,10 @@ def test_switches_steps_and_divergences_are_what_was_counted() -> None:
     phase = {"move": "wake_up", "phase": "read_weights"}
     assert value(page, "switch_phase_seconds_sum", **kind, **phase) == 0.4
     on_rank = {"model_name": "chat", "rank": "1"}
-    assert value(page, "move_phase_seconds_sum", **on_rank, **phase) == 0.2
-    assert value(page, "move_phase_seconds_count", **on_rank, **phase) == 2
+    assert value(page, "move_seconds_sum", **on_rank, move="wake_up") == 0.2
+    assert value(page, "move_seconds_count", **on_rank, move="wake_up") == 2
+    seconds = value(page, "move_phase_seconds_sum", model_name="chat", **phase)
+    assert seconds == 0.4
     steps = {"model_name": "chat", "rank": "0"}
     assert value(page, "lockstep_step_seconds_count", **steps) == 10
     assert value(page, "lockstep_step_seconds_sum", **steps) == 0.5

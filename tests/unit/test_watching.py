@@ -262,7 +262,9 @@ def test_phases_are_counted_by_path_and_by_model_and_rank() -> None:
     (build,) = [p for p in seen.phases if p.phase == "build"]
     assert (build.move, build.path, build.num_times) == ("load", "load", 2)
     assert build.seconds == pytest.approx(1.0)
-    by_rank = {(p.model, p.rank): p.seconds for p in seen.rank_phases}
+    by_model = {(p.model, p.move, p.phase): p.num_times for p in seen.model_phases}
+    assert by_model == {("a", "load", "build"): 2, ("a", "load", "coordinate"): 2}
+    by_rank = {(m.model, m.rank): m.seconds for m in seen.moves}
     assert by_rank == {("a", 0): pytest.approx(1.0), ("a", 1): pytest.approx(0.5)}
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 from vllm_resident.messages import (
     EngineReport,
+    ModelPhaseTotal,
+    MoveTotal,
     PhaseTotal,
     PoolTotals,
-    RankPhaseTotal,
     RankTotal,
     StepCount,
     StepTotal,
@@ -55,7 +56,9 @@ class Tally:
 
     switches: dict[tuple[str, str, str], SwitchSum] = field(default_factory=dict)
     phases: dict[tuple[str, str, str, str], Sum] = field(default_factory=dict)
-    rank_phases: dict[tuple[str, int, str, str], Sum] = field(default_factory=dict)
+    # Not by rank and phase at once: of 64 models over 8 ranks that is 20,000 rows.
+    model_phases: dict[tuple[str, str, str], Sum] = field(default_factory=dict)
+    moves: dict[tuple[str, int, str], Sum] = field(default_factory=dict)
     steps: dict[tuple[str, int], Sum] = field(default_factory=dict)
     divergences: Counter[tuple[str, int]] = field(default_factory=Counter)
     losses: Counter[int] = field(default_factory=Counter)
@@ -82,18 +85,17 @@ def note_switch(tally: Tally, report: SwitchReport) -> None:
     for index, bound_s in enumerate(BOUNDS_S):
         total.buckets[index] += report.seconds <= bound_s
     for engine in report.engines:
-        for phase, seconds in engine.phases.items():
-            key = (report.action, path, engine.action, phase)
-            tally.phases.setdefault(key, Sum()).add(seconds)
-        _note_ranks(tally, engine)
+        _note_move(tally, report.action, path, engine)
 
 
-def _note_ranks(tally: Tally, engine: EngineReport) -> None:
-    model = tally.model(engine.name)
+def _note_move(tally: Tally, action: str, path: str, engine: EngineReport) -> None:
+    model, move = tally.model(engine.name), engine.action
+    for phase, seconds in engine.phases.items():
+        tally.phases.setdefault((action, path, move, phase), Sum()).add(seconds)
+        tally.model_phases.setdefault((model, move, phase), Sum()).add(seconds)
     for rank, phases in engine.rank_phases.items():
-        for phase, seconds in phases.items():
-            key = (model, rank, engine.action, phase)
-            tally.rank_phases.setdefault(key, Sum()).add(seconds)
+        total = tally.moves.setdefault((model, rank, move), Sum())
+        total.add(sum(phases.values()))
 
 
 def _result(report: SwitchReport) -> str:
@@ -145,9 +147,13 @@ def totals(tally: Tally) -> PoolTotals:
             PhaseTotal(*key, total.num_times, total.seconds)
             for key, total in tally.phases.items()
         ],
-        rank_phases=[
-            RankPhaseTotal(*key, total.num_times, total.seconds)
-            for key, total in tally.rank_phases.items()
+        model_phases=[
+            ModelPhaseTotal(*key, total.num_times, total.seconds)
+            for key, total in tally.model_phases.items()
+        ],
+        moves=[
+            MoveTotal(*key, total.num_times, total.seconds)
+            for key, total in tally.moves.items()
         ],
         steps=[_step_total(tally, *key) for key in _keys(tally)],
         ranks=[

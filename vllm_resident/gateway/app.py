@@ -144,7 +144,10 @@ class Gateway:
             async with asyncio.timeout(METRICS_TIMEOUT_S):
                 status = await self._client.status()
                 totals = await self._client.totals()
-        page, content_type = metrics.page(self._residents.counts, status, totals)
+        counts = self._residents.counts()
+        page, content_type = await asyncio.to_thread(
+            metrics.page, counts, status, totals
+        )
         await asgi.answer_bytes(send, 200, page, content_type)
 
     async def _one_model(self, name: str, send: Send) -> None:

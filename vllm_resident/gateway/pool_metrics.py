@@ -197,14 +197,23 @@ def _of_phases(totals: PoolTotals) -> Iterator[Metric]:
         key = (phase.action, phase.path, phase.move, phase.phase)
         by_path.add_metric(key, phase.num_times, phase.seconds)
     yield by_path
-    by_rank = SummaryMetricFamily(
+    by_model = SummaryMetricFamily(
         f"{PREFIX}move_phase_seconds",
-        "Phases of moves (load, unload, sleep, wake_up) on each rank.",
-        labels=("model_name", "rank", "move", "phase"),
+        "Phases of a model's moves, on the slowest rank.",
+        labels=("model_name", "move", "phase"),
     )
-    for each in totals.rank_phases:
-        labels = (each.model, str(each.rank), each.move, each.phase)
-        by_rank.add_metric(labels, each.num_times, each.seconds)
+    for each in totals.model_phases:
+        labels = (each.model, each.move, each.phase)
+        by_model.add_metric(labels, each.num_times, each.seconds)
+    yield by_model
+    by_rank = SummaryMetricFamily(
+        f"{PREFIX}move_seconds",
+        "A model's moves (load, unload, sleep, wake_up) on each rank.",
+        labels=("model_name", "rank", "move"),
+    )
+    for move in totals.moves:
+        labels = (move.model, str(move.rank), move.move)
+        by_rank.add_metric(labels, move.num_times, move.seconds)
     yield by_rank
 
 
