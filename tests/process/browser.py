@@ -25,7 +25,7 @@ WAIT_S = 15.0
 PROGRAM = next(
     (
         found
-        for name in ("chromium", "chromium-browser")
+        for name in ("chromium", "chromium-browser", "google-chrome")
         if (found := shutil.which(name))
     ),
     None,
