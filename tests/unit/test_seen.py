@@ -136,6 +136,20 @@ def test_the_ledger_is_of_ranks_that_are_there() -> None:
     assert value(page, "rank_restarts_total", rank="1") == 1
 
 
+def test_no_figure_of_the_ledger_is_left_out() -> None:
+    told_otherwise = {
+        "rank",
+        "phase",
+        "pid",
+        "host",
+        "device",
+        "incarnation",
+        "engines",
+    }
+    figures = set(RankStatus.__struct_fields__) - told_otherwise
+    assert set(pool_metrics._LEDGER) == figures
+
+
 def test_engines_are_counted_by_state() -> None:
     page = page_of(STATUS, counted())
     states = {s: value(page, "engines", state=s) for s in pool_metrics.STATES}
