@@ -293,9 +293,11 @@ class SimulatedRank:
             return
         running.next_piece = now + running.piece_s
         running.num_pieces += 1
-        name = self.engines[running.message.generation].name
-        before = self.steps.get(name, StepCount())
-        self.steps[name] = StepCount(before.num_steps + 1, before.seconds + 0.25)
+        if engine := self.engines.get(running.message.generation):
+            count = self.steps.get(engine.name, StepCount())
+            self.steps[engine.name] = StepCount(
+                count.num_steps + 1, count.seconds + 0.25
+            )
         is_last = running.num_pieces == running.max_tokens
         if is_last:
             del self.requests[running.message.request]
