@@ -8,7 +8,7 @@ ones do not have:
                `fail_rank` answers EngineFailed
     hang       the same, or "drop": the rank `fail_rank` does not answer
     take_s     how long a build, and each other command a tenth of it, takes; it says
-               which phases it begins meanwhile
+               which phases it begins meanwhile (without it, what --take-s says)
 
 It generates `max_tokens` pieces of text "x", one each `piece_s` seconds (both from the
 sampling parameters). Checkpoints it does read, by the real rank/prefetch.py. Every
@@ -242,7 +242,9 @@ class SimulatedRank:
                 )
             )
             return
-        phases = self.pass_through(command, generation, float(args.get("take_s", 0)))
+        phases = self.pass_through(
+            command, generation, float(args.get("take_s", self.options.take_s))
+        )
         did = {
             "rank": rank,
             "generation": generation,
@@ -333,6 +335,7 @@ def main() -> None:
     parser.add_argument("--host-id", default=host_id())
     parser.add_argument("--used-bytes", type=int, default=GAUGES.memory_used_bytes)
     parser.add_argument("--total-bytes", type=int, default=GAUGES.memory_total_bytes)
+    parser.add_argument("--take-s", type=float, default=0.0)
     parser.add_argument("--parent", type=int, required=True)
     SimulatedRank(parser.parse_args()).run()
 

@@ -8,6 +8,7 @@ AXE_CORE, the path of axe.min.js, axe-core judges the page as well.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -27,11 +28,13 @@ from tests.process import browser as chromium
 from tests.process.browser import Browser, Page, running_browser
 from tests.process.test_controller import PoolFixture, pool, wait_until  # noqa: F401
 from vllm_resident import AsyncClient, Client, EngineSpec, RankFailure
+from vllm_resident.client.connection import Connection
 from vllm_resident.gateway.__main__ import Server
 from vllm_resident.gateway.app import Gateway
 from vllm_resident.gateway.asgi import Bodies, Keys
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.residents import Residents
+from vllm_resident.messages import AwaitEngine, EngineAwake
 
 pytestmark = [
     pytest.mark.process,
@@ -43,7 +46,14 @@ pytestmark = [
 
 GIB = 2**30
 PHONE, DESKTOP = 360, 1280
-POOL_TOML = '[models."declared-only"]\nmodel = "/m/declared-only"\n'
+POOL_TOML = """
+[models.declared-only]
+model = "/m/declared-only"
+
+[models.called]
+model = "/m/called"
+ranks = [2]
+"""
 SHOTS = os.environ.get("STATUS_PAGE_SHOTS")
 AXE = os.environ.get("AXE_CORE")
 
@@ -112,7 +122,7 @@ def busy() -> Iterator[tuple[Client, str]]:
     try:
         pool.controller("--config", str(directory / "pool.toml"))
         for rank in range(4):
-            put_rank(pool, rank, 4)
+            put_rank(pool, rank, 4, *(("--take-s", "1.5") if rank == 2 else ()))
         peer = pool.client()
         pool.wait_ready(peer)
         with Client(pool.endpoint) as client, serving(pool.endpoint) as url:
@@ -256,10 +266,36 @@ def test_models_with_their_queues(shown: Page) -> None:
     assert there["chat"] == ["● awake", "0", "1"]
     assert there["declared-only"] == ["· not loaded", "0", "0"]
     assert there["wide"] == ["○ asleep, level 1", "0", "0"]
-    # A call for the model that nobody can serve waits; what the pool says is shown.
-    status = json.dumps({"waiting": {"declared-only": 7}})
-    shown.evaluate(f"heard('status', {{...known.status, ...{status}}}), draw()")
-    assert rows(shown)["declared-only"] == ["· not loaded", "7", "0"]
+
+
+def test_a_call_for_a_model_that_is_not_there(
+    shown: Page, busy: tuple[Client, str]
+) -> None:
+    """It waits in the model's queue until the model, brought up for it, is there."""
+    client, _ = busy
+    assert rows(shown)["called"] == ["\u00b7 not loaded", "0", "0"]
+
+    async def call() -> None:
+        connection = Connection(client.endpoint, 5.0)
+        command = AwaitEngine(call=connection.next_call(), engine="called")
+        async with contextlib.aclosing(connection.replies(command, 20.0)) as replies:
+            assert isinstance(await anext(replies), EngineAwake)
+        await connection.close()
+
+    caller = threading.Thread(target=lambda: asyncio.run(call()))
+    caller.start()
+    shown.shows("on demand: 1 waiting", "#now")
+    shown.until(
+        "[...document.querySelectorAll('#models tbody tr')].some(row =>"
+        " row.querySelector('bdi').textContent === 'called'"
+        " && row.querySelector('.number').textContent === '1')"
+    )
+    caller.join(10)
+    shown.shows("load called", "#past > li:first-child")
+    shown.shows("on demand: 1 waiting", "#past > li:first-child")
+    shown.until("!document.querySelector('#models').innerText.includes('building')")
+    assert rows(shown)["called"] == ["\u25cf awake", "0", "0"]
+    client.unload("called")
 
 
 def test_a_switch_is_followed_to_its_end(shown: Page, busy: tuple[Client, str]) -> None:
