@@ -13,7 +13,7 @@ import msgspec
 
 from vllm_resident.errors import ErrorInfo
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 32 * 2**20
 
 
@@ -92,6 +92,124 @@ class SwitchReport(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+class PhaseBegan(msgspec.Struct, frozen=True):
+    """A rank reached a phase of its work, `began_s` after the switch had begun."""
+
+    phase: str
+    began_s: float
+
+
+class MoveStatus(msgspec.Struct, frozen=True):
+    """What a switch under way does to one engine.
+
+    `before` and `after` are sleep levels (0: awake), None is for not being there.
+    `phase` is the engine's; `rank_phases` are those that each rank has begun in this
+    switch, in order: the last one runs while the rank is among `waiting`.
+    """
+
+    name: str
+    generation: int
+    ranks: list[int]
+    before: int | None
+    after: int | None
+    phase: str
+    waiting: list[int] = []
+    rank_phases: dict[int, list[PhaseBegan]] = {}
+
+
+class SwitchStatus(msgspec.Struct, frozen=True):
+    """A switch under way, and how far it is: `stage` by stage (ARCHITECTURE, the life
+    of a switch). `expected_s` is what the same moves took before, 0 where they were
+    never made."""
+
+    number: int
+    action: str
+    cause: str
+    stage: str
+    elapsed_s: float
+    expected_s: float
+    path: list[str]
+    moves: list[MoveStatus]
+    error: str = ""
+
+
+class SwitchTotal(msgspec.Struct, frozen=True):
+    """Switches of one kind since the controller began. `result`: "done", "went_back",
+    or "refused" (nothing was changed). `buckets` counts those that took no longer than
+    each of `PoolTotals.bounds_s`."""
+
+    action: str
+    path: str
+    result: str
+    num_switches: int
+    seconds: float
+    unavailable_s: float
+    buckets: list[int]
+
+
+class PhaseTotal(msgspec.Struct, frozen=True):
+    """One phase of one kind of move, in switches of one kind, on the slowest rank."""
+
+    action: str
+    path: str
+    move: str
+    phase: str
+    num_times: int
+    seconds: float
+
+
+class ModelPhaseTotal(msgspec.Struct, frozen=True):
+    """One phase of one kind of move of one model, on the slowest rank."""
+
+    model: str
+    move: str
+    phase: str
+    num_times: int
+    seconds: float
+
+
+class MoveTotal(msgspec.Struct, frozen=True):
+    """One kind of move of one model on one rank: what the rank itself did."""
+
+    model: str
+    rank: int
+    move: str
+    num_times: int
+    seconds: float
+
+
+class StepTotal(msgspec.Struct, frozen=True):
+    """Steps of one model on one rank, its failed ones among `num_divergences` where it
+    differed from its leader."""
+
+    model: str
+    rank: int
+    num_steps: int
+    seconds: float
+    num_divergences: int = 0
+
+
+class RankTotal(msgspec.Struct, frozen=True):
+    """How often a rank was lost, and a new process took its place."""
+
+    rank: int
+    num_losses: int
+    num_restarts: int
+
+
+class PoolTotals(msgspec.Struct, frozen=True):
+    """All that was counted since the controller began. Of more models than the
+    controller keeps apart, the rest is called "(other)"."""
+
+    bounds_s: list[float] = []
+    switches: list[SwitchTotal] = []
+    phases: list[PhaseTotal] = []
+    model_phases: list[ModelPhaseTotal] = []
+    moves: list[MoveTotal] = []
+    steps: list[StepTotal] = []
+    ranks: list[RankTotal] = []
+
+
 class Completion(msgspec.Struct, frozen=True):
     """One generated sequence.
 
@@ -152,7 +270,8 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
 class PoolStatus(msgspec.Struct, frozen=True):
     """The whole pool at one moment. `models` are the names that pool.toml declares;
-    `waiting` says how many calls wait for a model to come up, by name."""
+    `waiting` says how many calls wait for a model to come up, by name; `switches` are
+    those under way."""
 
     pool: str
     phase: str
@@ -167,6 +286,7 @@ class PoolStatus(msgspec.Struct, frozen=True):
     device_memory_bytes: int | None = None
     models: list[str] = []
     waiting: dict[str, int] = {}
+    switches: list[SwitchStatus] = []
 
 
 # ----------------------------------------------------------- client -> controller
@@ -309,6 +429,23 @@ class GetStatus(FromClient, frozen=True, kw_only=True):
     pass
 
 
+class GetTotals(FromClient, frozen=True, kw_only=True):
+    """Answered by `TotalsReported`."""
+
+
+class WatchPool(FromClient, frozen=True, kw_only=True):
+    """Tell of every switch, whoever caused it, until `EndWatch`.
+
+    Answered by a `SwitchEnded` for each of the last switches, then by `SwitchMoved`
+    whenever one under way gets on, and `SwitchEnded` when it is over; `Progress` each
+    second.
+    """
+
+
+class EndWatch(FromClient, frozen=True, kw_only=True):
+    """Of the `WatchPool` of the same number. Not answered."""
+
+
 class ShutdownPool(FromClient, frozen=True, kw_only=True):
     timeout_s: float
 
@@ -385,6 +522,29 @@ class StatusReported(ToClient, frozen=True, kw_only=True):
     status: PoolStatus
 
 
+class TotalsReported(ToClient, frozen=True, kw_only=True):
+    totals: PoolTotals
+
+
+class SwitchMoved(ToClient, frozen=True, kw_only=True):
+    switch: SwitchStatus
+
+
+class SwitchEnded(ToClient, frozen=True, kw_only=True):
+    """A switch is over. `sequence` counts the ends, without gaps, in the life of the
+    controller that `session` names; `age_s` is how long ago it began, `number` what
+    `SwitchStatus` called it; `engines` are all that it was about, also where the report
+    has nothing of them."""
+
+    session: str
+    sequence: int
+    number: int
+    age_s: float
+    cause: str
+    engines: list[str]
+    report: SwitchReport
+
+
 class PoolStopped(ToClient, frozen=True, kw_only=True):
     pass
 
@@ -402,8 +562,16 @@ class FromRank(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     rank: int
 
 
+class StepCount(msgspec.Struct, frozen=True):
+    """Steps of one engine on one rank since its process began, and their seconds."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+
+
 class RankGauges(msgspec.Struct, frozen=True):
-    """What a rank holds right now; memory in bytes as the device counts it."""
+    """What a rank holds right now; memory in bytes as the device counts it. `steps` is
+    what it has done, by engine."""
 
     memory_used_bytes: int
     memory_total_bytes: int
@@ -413,6 +581,7 @@ class RankGauges(msgspec.Struct, frozen=True):
     num_sockets: int = 0
     num_process_groups: int = 0
     num_engines: int = 0
+    steps: dict[str, StepCount] = {}
 
 
 class Hello(FromRank, frozen=True, kw_only=True):
@@ -697,6 +866,9 @@ ClientMessage = (
     | EndAwait
     | ReportCalls
     | GetStatus
+    | GetTotals
+    | WatchPool
+    | EndWatch
     | ShutdownPool
 )
 RankMessage = (
@@ -727,6 +899,9 @@ ToClientMessage = (
     | EngineAwake
     | EngineRefused
     | StatusReported
+    | TotalsReported
+    | SwitchMoved
+    | SwitchEnded
     | PoolStopped
     | CallFailed
 )

@@ -3,7 +3,6 @@ sleeps, wakes or goes away on the way."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -370,14 +369,47 @@ def test_the_pools_routes_are_the_clients(
     assert phases(models)[chat] == "asleep"
     with gateway.http.stream("GET", "/pool/events") as events:
         lines = events.iter_lines()
-        assert next(lines) == "event: status"
-        assert json.loads(next(lines).removeprefix("data: "))["pool"] == "e2e"
-        report = gateway.http.post("/pool/wake_up", json={"name": chat}).json()
-        assert report["engines"][0]["name"] == chat
-        assert "event: switch" in itertools.islice(lines, 20)
+        assert next_event(lines, "status")["pool"] == "e2e"
+        models.wake_up(chat)  # another client's command
+        progress = next_event(lines, "progress")
+        assert progress["action"] == "wake_up"
+        while (ended := next_event(lines, "switch"))["number"] != progress["number"]:
+            pass
+        assert (ended["engines"], ended["report"]["error"]) == ([chat], "")
     refused = gateway.http.post("/pool/sleep", json={"name": "nobody"})
     assert refused.status_code == 409
     assert refused.json()["error"]["kind"] == "CommandRejected"
+
+
+def next_event(lines: Iterator[str], kind: str) -> Any:
+    """The data of the next server-sent event of that kind."""
+    while next(lines) != f"event: {kind}":
+        pass
+    return json.loads(next(lines).removeprefix("data: "))
+
+
+def num_steps(gateway: HttpGateway, model: str) -> list[float]:
+    """Of each rank that has taken any, as the metrics say."""
+    name = f'lockstep_step_seconds_count{{model_name="{model}"'
+    lines = gateway.http.get("/metrics").text.splitlines()
+    return [float(line.split()[-1]) for line in lines if name in line]
+
+
+def test_steps_and_switches_are_metrics(
+    gateway: HttpGateway, models: Client, chat: str
+) -> None:
+    """Both ranks of an engine counted the same steps; the switch that brought it up was
+    nobody's command."""
+    gateway.complete("wide")
+
+    def is_counted(_: PoolStatus) -> bool:
+        counts = num_steps(gateway, "wide")
+        return len(counts) == 2 and counts[0] == counts[1] > 0
+
+    wait_until(models, is_counted, 10.0, "heartbeats bring it")
+    page = gateway.http.get("/metrics").text
+    assert 'vllm_resident:switch_seconds_count{action="wake_up"' in page
+    assert 'engine_state{model_name="wide",rank="1",state="awake"} 1.0' in page
 
 
 def test_metrics_are_of_all_models(gateway: HttpGateway, chat: str) -> None:

@@ -7,6 +7,8 @@ ones do not have:
     fail       "prepare" | "build" | "suspend" | "resume" | "close": the rank
                `fail_rank` answers EngineFailed
     hang       the same, or "drop": the rank `fail_rank` does not answer
+    take_s     how long a build, and each other command a tenth of it, takes; it says
+               which phases it begins meanwhile (without it, what --take-s says)
 
 It generates `max_tokens` pieces of text "x", one each `piece_s` seconds (both from the
 sampling parameters). Checkpoints it does read, by the real rank/prefetch.py. Every
@@ -57,6 +59,7 @@ from vllm_resident.messages import (
     RequestOutput,
     RequestsAccepted,
     ResumeEngine,
+    StepCount,
     SuspendEngine,
     ToRankMessage,
 )
@@ -67,7 +70,16 @@ GAUGES = RankGauges(1, 2, 3, 4, 5)
 HEARTBEAT_S = 0.5
 AWAKE = EngineMemory(device_bytes=1000)
 AT_LEVEL = {1: EngineMemory(host_bytes=1000), 2: EngineMemory()}
-ENGINE_ARGS = ["tensor_parallel_size", "max_model_len", "fail", "hang", "fail_rank"]
+ENGINE_ARGS = ["tensor_parallel_size", "max_model_len", "fail", "hang", "fail_rank",
+               "take_s"]  # fmt: skip
+# What a real rank says it does, with the part of the time that it takes.
+PHASES = {
+    "build": {"form_world": 0.1, "tokenizer": 0.1, "load_model": 0.5, "kv_cache": 0.2,
+              "lockstep": 0.1},
+    "suspend": {"stop": 0.2, "free_kv_cache": 0.3, "free_weights": 0.5},
+    "resume": {"read_weights": 0.6, "restore_kv_cache": 0.3, "resume": 0.1},
+    "close": {"release": 1.0},
+}  # fmt: skip
 
 
 @dataclass
@@ -92,6 +104,9 @@ class SimulatedRank:
     options: argparse.Namespace
     engines: dict[int, PrepareEngine] = field(default_factory=dict)
     requests: dict[int, Running] = field(default_factory=dict)
+    steps: dict[str, StepCount] = field(default_factory=dict)
+    # What is to be said, and when.
+    later: list[tuple[float, FromRank]] = field(default_factory=list)
     # What other threads have to say: a socket is for one.
     answers: SimpleQueue[FromRank] = field(default_factory=SimpleQueue)
 
@@ -112,9 +127,11 @@ class SimulatedRank:
                 beat = Heartbeat(
                     rank=self.options.rank,
                     incarnation=self.options.incarnation,
-                    gauges=GAUGES,
+                    gauges=self.gauges(),
                 )
                 self.say(beat)
+            while self.later and self.later[0][0] <= now:
+                self.say(self.later.pop(0)[1])
             while not self.answers.empty():
                 self.say(self.answers.get())
             for running in list(self.requests.values()):
@@ -135,11 +152,20 @@ class SimulatedRank:
             pid=os.getpid(),
             incarnation=self.options.incarnation,
             device="simulated",
-            gauges=GAUGES,
+            gauges=self.gauges(),
             vllm_version="none",
             torch_version="none",
             engine_arg_names=ENGINE_ARGS,
             generations=sorted(self.engines),
+        )
+
+    def gauges(self) -> RankGauges:
+        return msgspec.structs.replace(
+            GAUGES,
+            memory_used_bytes=self.options.used_bytes,
+            memory_total_bytes=self.options.total_bytes,
+            num_engines=len(self.engines),
+            steps=self.steps,
         )
 
     def say(self, message: FromRank) -> None:
@@ -216,30 +242,64 @@ class SimulatedRank:
                 )
             )
             return
+        phases = self.pass_through(
+            command, generation, float(args.get("take_s", self.options.take_s))
+        )
         did = {
             "rank": rank,
             "generation": generation,
-            "phases": {command: 0.0},
+            "phases": phases,
             "memory_before_bytes": 1,
             "memory_after_bytes": 2,
         }
+        done_at = time.monotonic() + sum(phases.values())
         match command:
             case "build":
-                self.say(EngineBuilt(**did, memory=AWAKE))
+                self.say_at(done_at, EngineBuilt(**did, memory=AWAKE))
             case "suspend":
-                self.say(EngineSuspended(**did, level=level, memory=AT_LEVEL[level]))
+                memory = AT_LEVEL[level]
+                self.say_at(done_at, EngineSuspended(**did, level=level, memory=memory))
             case "resume":
-                self.say(EngineResumed(**did, memory=AWAKE))
+                self.say_at(done_at, EngineResumed(**did, memory=AWAKE))
             case _:
-                self.say(EngineClosed(**did))
+                self.say_at(done_at, EngineClosed(**did))
         if command in ("close", "drop"):
             self.engines.pop(generation, None)
+
+    def pass_through(
+        self, command: str, generation: int, take_s: float
+    ) -> dict[str, float]:
+        """Say which phases begin when; returns how long each takes."""
+        if not take_s or command not in PHASES:
+            return {command: 0.0}
+        whole_s = take_s if command == "build" else take_s / 10
+        phases = {name: part * whole_s for name, part in PHASES[command].items()}
+        began = time.monotonic()
+        for name, seconds in phases.items():
+            started = PhaseStarted(
+                rank=self.options.rank, generation=generation, phase=name
+            )
+            self.say_at(began, started)
+            began += seconds
+        return phases
+
+    def say_at(self, when: float, message: FromRank) -> None:
+        if when <= time.monotonic():
+            self.say(message)
+        else:
+            self.later.append((when, message))
+            self.later.sort(key=lambda item: item[0])
 
     def generate(self, running: Running, now: float) -> None:
         if now < running.next_piece:
             return
         running.next_piece = now + running.piece_s
         running.num_pieces += 1
+        if engine := self.engines.get(running.message.generation):
+            count = self.steps.get(engine.name, StepCount())
+            self.steps[engine.name] = StepCount(
+                count.num_steps + 1, count.seconds + 0.25
+            )
         is_last = running.num_pieces == running.max_tokens
         if is_last:
             del self.requests[running.message.request]
@@ -273,6 +333,9 @@ def main() -> None:
     parser.add_argument("--incarnation", type=int, default=0)
     parser.add_argument("--protocol-version", type=int, default=PROTOCOL_VERSION)
     parser.add_argument("--host-id", default=host_id())
+    parser.add_argument("--used-bytes", type=int, default=GAUGES.memory_used_bytes)
+    parser.add_argument("--total-bytes", type=int, default=GAUGES.memory_total_bytes)
+    parser.add_argument("--take-s", type=float, default=0.0)
     parser.add_argument("--parent", type=int, required=True)
     SimulatedRank(parser.parse_args()).run()
 

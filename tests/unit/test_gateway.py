@@ -34,6 +34,7 @@ from vllm_resident.messages import (
     EngineRefused,
     FrontendAttached,
     ModelCalls,
+    PoolTotals,
     Progress,
 )
 from vllm_resident.transport import is_loopback, parse_http_address
@@ -104,6 +105,9 @@ class FakePool:
             for name, phase in self.phases.items()
         ]
         return PoolStatus("p", "ready", 1, 1, 1.0, [], engines, models=self.models)
+
+    async def totals(self) -> PoolTotals:
+        return PoolTotals()
 
     async def sleep(self, **options: Any) -> SwitchReport:
         self.calls.append(("sleep", options))

@@ -16,14 +16,30 @@ from vllm_resident.messages import (
     EngineReport,
     EngineSpec,
     ModelCalls,
+    ModelPhaseTotal,
+    MoveStatus,
+    MoveTotal,
+    PhaseBegan,
+    PhaseTotal,
     PoolStatus,
+    PoolTotals,
     RankGauges,
     RankMessage,
+    RankTotal,
+    StepCount,
+    StepTotal,
     SwitchReport,
+    SwitchStatus,
+    SwitchTotal,
     ToClientMessage,
     ToController,
     ToRankMessage,
 )
+
+SWITCH = SwitchStatus(
+    1, "load", "load by a client", "bringing_up", 1.5, 2.0, ["load"],
+    [MoveStatus("a", 3, [0], None, 0, "building", [0], {0: [PhaseBegan("x", 0.5)]})],
+)  # fmt: skip
 
 SAMPLES: dict[object, object] = {
     int: 7,
@@ -39,7 +55,7 @@ SAMPLES: dict[object, object] = {
     EngineSpec: EngineSpec("a", "/m", [0, 1], {"dtype": "half"}),
     list[EngineSpec]: [EngineSpec("a", "/m", 2), EngineSpec("b", "/n")],
     list[Completion]: [Completion(0, 0, "x", [1], "stop", 2, -0.5)],
-    RankGauges: RankGauges(1, 2, 3, 4, 5),
+    RankGauges: RankGauges(1, 2, 3, 4, 5, steps={"a": StepCount(3, 0.5)}),
     EngineMemory: EngineMemory(1, 2),
     dict[str, ModelCalls]: {"a": ModelCalls(3, 2, 1.5)},
     typing.Literal["sleep", "unload", "stage"]: "stage",
@@ -49,7 +65,17 @@ SAMPLES: dict[object, object] = {
         "load", 1.0, {"a": 1.0},
         [EngineReport("a", "load", 1, [0], 1.0, {}, {0: 1}, {0: 2})],
     ),
-    PoolStatus: PoolStatus("p", "ready", 1, 2, 3.0, [], []),
+    PoolStatus: PoolStatus("p", "ready", 1, 2, 3.0, [], [], switches=[SWITCH]),
+    SwitchStatus: SWITCH,
+    PoolTotals: PoolTotals(
+        [1.0],
+        [SwitchTotal("load", "load", "done", 1, 0.5, 0.0, [1])],
+        [PhaseTotal("load", "load", "load", "build", 1, 0.5)],
+        [ModelPhaseTotal("a", "load", "build", 1, 0.5)],
+        [MoveTotal("a", 0, "load", 1, 0.5)],
+        [StepTotal("a", 0, 3, 0.5, 1)],
+        [RankTotal(0, 1, 1)],
+    ),
 }  # fmt: skip
 
 

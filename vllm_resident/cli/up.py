@@ -191,7 +191,9 @@ def _announce(
     if report is not None:
         output.message(switch_summary(report))
     if http is not None:
+        page = http.url.removesuffix("v1")
         output.message(f"OpenAI clients: base URL {escape(http.url)}")
+        output.message(f"the pool to look at: {escape(page)}")
     output.message(_what_next(arguments))
 
 

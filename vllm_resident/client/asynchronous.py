@@ -20,7 +20,7 @@ from vllm_resident.client.connection import (
     expect,
     resolve_endpoint,
 )
-from vllm_resident.errors import CommandRejected, PoolUnreachable
+from vllm_resident.errors import CommandRejected, PoolUnreachable, ProtocolError
 from vllm_resident.messages import (
     ApplyLayout,
     CheckpointPrefetched,
@@ -30,18 +30,24 @@ from vllm_resident.messages import (
     Generate,
     GenerateOutput,
     GetStatus,
+    GetTotals,
     LoadEngine,
     PoolStatus,
     PoolStopped,
+    PoolTotals,
     PrefetchCheckpoint,
     ShutdownPool,
     SleepEngine,
     StatusReported,
     SwitchDone,
+    SwitchEnded,
     SwitchEngines,
+    SwitchMoved,
     SwitchReport,
+    TotalsReported,
     UnloadEngine,
     WakeUpEngine,
+    WatchPool,
 )
 
 STATUS_INTERVAL_S = 0.2
@@ -345,6 +351,29 @@ class AsyncClient:
             command, StatusReported, self._connection.connect_timeout_s
         )
         return reply.status
+
+    async def totals(self) -> PoolTotals:
+        """What was counted since the controller began."""
+        command = GetTotals(call=self._connection.next_call())
+        reply = await self._connection.ask(
+            command, TotalsReported, self._connection.connect_timeout_s
+        )
+        return reply.totals
+
+    async def watch(self) -> AsyncGenerator[SwitchMoved | SwitchEnded]:
+        """Every switch, whoever caused it, as it gets on.
+
+        Yields the last switches that have ended, the oldest first; then a
+        `SwitchMoved` whenever one under way gets on, and its `SwitchEnded`. Goes on
+        until it is left; raises when the pool stops.
+        """
+        command = WatchPool(call=self._connection.next_call())
+        replies = self._connection.replies(command, float("inf"))
+        async with contextlib.aclosing(replies):
+            async for reply in replies:
+                if not isinstance(reply, SwitchMoved | SwitchEnded):
+                    raise ProtocolError(f"{type(reply).__name__} of no switch")
+                yield reply
 
     async def shutdown(
         self,

@@ -104,6 +104,8 @@ class Client:
     generate = _blocking(AsyncClient.generate)
     stream = _blocking_iterator(AsyncClient.stream)
     status = _blocking(AsyncClient.status)
+    totals = _blocking(AsyncClient.totals)
+    watch = _blocking_iterator(AsyncClient.watch)
     shutdown = _blocking(AsyncClient.shutdown)
     wait_ready = _blocking(AsyncClient.wait_ready)
 

@@ -35,14 +35,18 @@ from vllm_resident.messages import (
     CancelGenerate,
     DetachFrontend,
     EndAwait,
+    EndWatch,
     EngineAwake,
     FromClient,
     FrontendAttached,
     Generate,
     GenerateOutput,
     Progress,
+    SwitchEnded,
+    SwitchMoved,
     ToClient,
     ToClientMessage,
+    WatchPool,
 )
 
 ENDPOINT_VARIABLE = "VLLM_RESIDENT_CONTROLLER"
@@ -158,6 +162,8 @@ class Connection:
                 self._cancel(DetachFrontend(call=command.call))
             elif running and isinstance(command, AwaitEngine):
                 self._cancel(EndAwait(call=command.call))
+            elif running and isinstance(command, WatchPool):
+                self._cancel(EndWatch(call=command.call))
 
     async def tell(self, message: FromClient) -> None:
         """Send what is not answered."""
@@ -271,7 +277,9 @@ def _is_last(reply: ToClient) -> bool:
     """Whether nothing follows this reply; not of `Progress`."""
     if isinstance(reply, GenerateOutput):
         return reply.done
-    return not isinstance(reply, FrontendAttached | EngineAwake)
+    return not isinstance(
+        reply, FrontendAttached | EngineAwake | SwitchMoved | SwitchEnded
+    )
 
 
 def expect(expected: type[Reply], reply: ToClient) -> Reply:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from vllm_resident.controller import reports, requests
+from vllm_resident.controller import reports, requests, tally
 from vllm_resident.controller.state import (
     ENGINE_BUILT,
     ENGINE_MOVING,
@@ -257,8 +257,14 @@ def _end(state: PoolState, engine: Engine, now: float) -> None:
 def on_phase_started(
     state: PoolState, engine: Engine, message: PhaseStarted, now: float
 ) -> None:
-    if engine.phase in ENGINE_MOVING:
-        note_progress(state, engine, message.phase, now)
+    if engine.phase not in ENGINE_MOVING:
+        return
+    switch = state.switch_of(engine)
+    since = switch.started if switch else now
+    begun = engine.rank_phases.get(message.rank, [])
+    begun = [each for each in begun if each[1] >= since]
+    engine.rank_phases[message.rank] = [*begun, (message.phase, now)]
+    note_progress(state, engine, message.phase, now)
 
 
 def on_prepared(
@@ -345,6 +351,8 @@ def on_failed(
 ) -> None:
     """The first error counts; what the other ranks say of it is its echo."""
     error = _complete(engine, message)
+    if error.kind == "RankDiverged":
+        tally.note_divergence(state.history.tally, engine.name, message.rank)
     if engine.phase is EnginePhase.SUSPENDING and error.kind == "CommandRejected":
         _on_refused(state, engine, message.rank, error, now)
     elif engine.phase in LOADING:

@@ -18,6 +18,8 @@ from vllm_resident.controller import (
     reports,
     requests,
     switches,
+    tally,
+    watchers,
 )
 from vllm_resident.controller.effects import Effect, Note, StopController
 from vllm_resident.controller.state import (
@@ -45,6 +47,7 @@ from vllm_resident.messages import (
     ClientMessage,
     DetachFrontend,
     EndAwait,
+    EndWatch,
     EngineBuilt,
     EngineClosed,
     EngineFailed,
@@ -57,6 +60,7 @@ from vllm_resident.messages import (
     FrontendRequests,
     Generate,
     GetStatus,
+    GetTotals,
     Heartbeat,
     Hello,
     PhaseStarted,
@@ -71,10 +75,20 @@ from vllm_resident.messages import (
     ShutdownPool,
     StatusReported,
     ToRankMessage,
+    TotalsReported,
+    WatchPool,
 )
 
 # What is never rejected and opens no call.
-AtOnce = GetStatus | CancelGenerate | DetachFrontend | EndAwait | ReportCalls
+AtOnce = (
+    GetStatus
+    | GetTotals
+    | CancelGenerate
+    | DetachFrontend
+    | EndAwait
+    | EndWatch
+    | ReportCalls
+)
 
 
 class Pool:
@@ -106,6 +120,7 @@ class Pool:
         demand.client_gone(self.state, client)
         switches.client_gone(self.state, client)
         prefetch.client_gone(self.state, client)
+        watchers.client_gone(self.state, client)
         if stop := self.state.stop:
             stop.callers = [caller for caller in stop.callers if caller[0] != client]
         return self._take()
@@ -172,6 +187,7 @@ class Pool:
         demand.tick(state, now)
         switches.tick(state, now)
         prefetch.tick(state, now)
+        watchers.tick(state, now)
         return self._settle(now)
 
     @property
@@ -201,6 +217,10 @@ class Pool:
             self._check_call(client, message.call)
             demand.await_engine(self.state, client, message, now)
             return
+        if isinstance(message, WatchPool):
+            self._check_call(client, message.call)
+            watchers.watch(self.state, client, message, now)
+            return
         check_timeout(message.timeout_s)
         self._check_call(client, message.call)
         if isinstance(message, commands.SwitchCommand):
@@ -224,6 +244,11 @@ class Pool:
             case GetStatus(call=call):
                 status = reports.pool_status(state, now)
                 state.send_to_client(client, StatusReported(call=call, status=status))
+            case GetTotals(call=call):
+                totals = tally.totals(state.history.tally)
+                state.send_to_client(client, TotalsReported(call=call, totals=totals))
+            case EndWatch(call=call):
+                watchers.end(state, client, call)
             case CancelGenerate(call=call):
                 requests.cancel(state, client, call)
             case DetachFrontend(call=call):
@@ -239,6 +264,7 @@ class Pool:
         calls |= {(request.client, request.call) for request in state.requests.values()}
         calls |= {(each.client, each.call) for each in state.frontends.values()}
         calls |= state.demand.callers.keys()
+        calls |= {(each.client, each.call) for each in state.watchers}
         if (client, call) in calls or prefetch.is_call(state, client, call):
             raise CommandRejected(f"call number {call} is in use: number calls anew")
 
@@ -352,6 +378,7 @@ class Pool:
             requests.fail(state, request, error)
         frontends.fail_all(state, error)
         demand.fail_all(state, error)
+        watchers.fail_all(state, error)
         prefetch.fail_all(state, error)
         for switch in state.switches:
             answer = CallFailed(call=switch.call, error=error)
@@ -380,6 +407,7 @@ class Pool:
             # Frontends hear that an engine is awake before those who wait for it do.
             frontends.settle(state, now)
             demand.settle(state, now)
+        watchers.settle(state, now)
         return self._take()
 
     def _finish_stop(self, stop: Stop, now: float) -> None:

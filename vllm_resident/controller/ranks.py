@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_resident.controller import engines, losses, prefetch
+from vllm_resident.controller import engines, losses, prefetch, tally
 from vllm_resident.controller.effects import Note, WatchProcess
 from vllm_resident.controller.state import Engine, PoolState, Rank, RankPhase, move_rank
 from vllm_resident.errors import RankFailure
@@ -80,8 +80,10 @@ def _is_same_process(rank: Rank, hello: Hello) -> bool:
 def _greet(state: PoolState, rank: Rank, hello: Hello) -> None:
     if not _is_same_process(rank, hello):
         rank.leftovers.clear()
+        tally.note_process(state.history.tally, rank.rank, is_first=rank.hello is None)
     rank.hello = hello
     rank.gauges = hello.gauges
+    tally.note_steps(state.history.tally, rank.rank, hello.gauges.steps)
     rank.local = hello.host_id == state.host_id
     rank.silent_s = 0.0
     rank.evicted = False
@@ -150,6 +152,7 @@ def on_heartbeat(state: PoolState, message: Heartbeat) -> None:
             state.send_to_rank(message.rank, HelloAgain())
     else:
         rank.gauges = message.gauges
+        tally.note_steps(state.history.tally, rank.rank, message.gauges.steps)
         state.send_to_rank(rank.rank, HeartbeatAck())
 
 
@@ -166,6 +169,7 @@ def lose(
     rank.evicted = evicted
     if state.stop is not None:
         return
+    tally.note_loss(state.history.tally, rank.rank)
     prefetch.on_rank_lost(state, rank, now)
     for engine in list(state.engines.values()):
         if rank.rank in engine.ranks:

@@ -10,6 +10,7 @@ from vllm_resident.controller.state import (
     ENGINE_MOVING,
     Engine,
     EnginePhase,
+    Move,
     PoolState,
     Rank,
     RankPhase,
@@ -22,10 +23,13 @@ from vllm_resident.messages import (
     EngineResumed,
     EngineStatus,
     EngineSuspended,
+    MoveStatus,
+    PhaseBegan,
     PoolStatus,
     RankGauges,
     RankStatus,
     SwitchReport,
+    SwitchStatus,
 )
 
 _NO_GAUGES = RankGauges(0, 0, 0, 0, 0)
@@ -163,7 +167,67 @@ def pool_status(state: PoolState, now: float) -> PoolStatus:
         device_memory_bytes=state.device_memory_bytes,
         models=sorted(state.models),
         waiting=state.demand.num_waiting(),
+        switches=[switch_status(state, each, now) for each in state.switches],
     )
+
+
+def switch_status(state: PoolState, switch: Switch, now: float) -> SwitchStatus:
+    return SwitchStatus(
+        number=switch.number,
+        action=switch.action,
+        cause=switch.cause,
+        stage=switch.stage.value,
+        elapsed_s=now - switch.started,
+        expected_s=_expected_s(state, switch),
+        path=list(switch.path),
+        moves=[_move_status(switch, move) for move in switch.moves],
+        error=switch.error.message if switch.error else "",
+    )
+
+
+def _move_status(switch: Switch, move: Move) -> MoveStatus:
+    engine = move.engine
+    return MoveStatus(
+        name=engine.name,
+        generation=engine.generation,
+        ranks=engine.ranks,
+        before=move.before,
+        after=move.after,
+        phase=engine.phase.value,
+        waiting=sorted(engine.waiting),
+        rank_phases={
+            rank: [
+                PhaseBegan(phase, began - switch.started)
+                for phase, began in begun
+                if began >= switch.started
+            ]
+            for rank, begun in sorted(engine.rank_phases.items())
+        },
+    )
+
+
+def _expected_s(state: PoolState, switch: Switch) -> float:
+    """What goes, then what comes: as it took each of these engines before, where it was
+    done before. Draining is not in it."""
+    going = [_learned_s(state, m) for m in switch.moves if m.before == 0]
+    coming = [_learned_s(state, m) for m in switch.moves if m.before != 0]
+    if None in (*going, *coming):
+        return 0.0
+    return sum(max((s or 0.0 for s in some), default=0.0) for some in (going, coming))
+
+
+def _learned_s(state: PoolState, move: Move) -> float | None:
+    """None where the model has not made the move yet."""
+    if move.before is None:
+        kind = "load"
+    elif move.after == 0:
+        kind = f"wake_up {move.before}"
+    elif move.before == 0:
+        kind = "sleep"
+    else:
+        return 0.0  # a sleeper that goes deeper, or away
+    known = state.demand.usages.get(move.engine.name)
+    return known.move_s.get(kind) if known else None
 
 
 def _rank_status(state: PoolState, rank: Rank) -> RankStatus:

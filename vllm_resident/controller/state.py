@@ -7,6 +7,7 @@ modules beside it are functions over `PoolState`; a phase changes only through
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
@@ -18,6 +19,7 @@ from vllm_resident.controller.effects import (
     SendToClient,
     SendToRank,
 )
+from vllm_resident.controller.tally import Tally
 from vllm_resident.controller.usage import Demand
 from vllm_resident.errors import ErrorInfo
 from vllm_resident.messages import (
@@ -33,6 +35,8 @@ from vllm_resident.messages import (
     Hello,
     Progress,
     RankGauges,
+    SwitchReport,
+    SwitchStatus,
     ToClientMessage,
     ToRankMessage,
 )
@@ -181,6 +185,8 @@ class Engine:
     deadline: float | None = None
     error: ErrorInfo | None = None
     progress: list[str] = field(default_factory=list)
+    # What each rank has begun in its present switch, and when.
+    rank_phases: dict[int, list[tuple[str, float]]] = field(default_factory=dict)
     prepared_at: float | None = None
     build_began: float | None = None
     ready_at: float | None = None
@@ -287,6 +293,7 @@ class Switch:
     deadline: float
     next_progress: float
     moves: list[Move]
+    number: int = 0
     cause: str = ""
     drain_s: float = 0.0
     # "sleep": what goes is set aside so that it can come back; "unload": it is given up
@@ -316,6 +323,45 @@ class Switch:
 
     def moves_to(self, engine: Engine) -> Move | None:
         return next((move for move in self.moves if move.engine is engine), None)
+
+
+@dataclass(frozen=True)
+class PastSwitch:
+    """One that is over, as those who watch are told of it."""
+
+    number: int
+    began: float
+    cause: str
+    engines: tuple[str, ...]
+    report: SwitchReport
+
+
+@dataclass
+class Watcher:
+    """A client that is told of every switch: what it knows of those under way, by
+    number, and how many that have ended."""
+
+    client: bytes
+    call: int
+    started: float
+    next_progress: float
+    known: dict[int, SwitchStatus] = field(default_factory=dict)
+    num_ended: int = 0
+
+
+# So many switches that are over are kept for who comes to watch.
+MAX_PAST = 100
+
+
+@dataclass
+class History:
+    """What is remembered of what is over; nothing is decided by it. `past` are the last
+    switches, of `num_past` in all."""
+
+    next_number: int = 1
+    past: deque[PastSwitch] = field(default_factory=lambda: deque(maxlen=MAX_PAST))
+    num_past: int = 0
+    tally: Tally = field(default_factory=Tally)
 
 
 # A caller that hears nothing for some of these gives the controller up.
@@ -350,6 +396,8 @@ class PoolState:
     engines: dict[int, Engine] = field(default_factory=dict)  # by generation
     failed: dict[str, Engine] = field(default_factory=dict)  # by name
     switches: list[Switch] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    watchers: list[Watcher] = field(default_factory=list)
     requests: dict[int, Request] = field(default_factory=dict)
     frontends: dict[int, Frontend] = field(default_factory=dict)
     # What pool.toml declares (`commands.declared`), and what it allows (`memory.py`).
@@ -397,6 +445,11 @@ class PoolState:
 
     def switch_of(self, engine: Engine) -> Switch | None:
         return next((s for s in self.switches if s.moves_to(engine)), None)
+
+    def open_switch(self, switch: Switch) -> None:
+        switch.number = self.history.next_number
+        self.history.next_number += 1
+        self.switches.append(switch)
 
     def send_to_rank(self, rank: int, message: ToRankMessage) -> None:
         self.effects.append(SendToRank(rank, message))

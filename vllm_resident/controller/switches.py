@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from vllm_resident.controller import engines, memory, reports, requests
+from vllm_resident.controller import engines, memory, reports, requests, tally
 from vllm_resident.controller.effects import RecordTransition
 from vllm_resident.controller.state import (
     ENGINE_BUILT,
@@ -22,6 +22,7 @@ from vllm_resident.controller.state import (
     Engine,
     EnginePhase,
     Move,
+    PastSwitch,
     PoolState,
     RankPhase,
     Switch,
@@ -49,7 +50,7 @@ def begin(state: PoolState, switch: Switch, now: float) -> None:
     leaving = [m.engine for m in switch.moves if m.after != 0]
     if text := memory.shortage(state, waking, leaving):
         raise CommandRejected(text)
-    state.switches.append(switch)
+    state.open_switch(switch)
     for move in switch.moves:
         if move.before is None:
             note_progress(state, move.engine, "prepare", now)
@@ -85,7 +86,7 @@ def restore(state: PoolState, now: float) -> None:
             moves=[Move(incoming, None, engine.home_level)],
             cause="a rank came back",
         )
-        state.switches.append(switch)
+        state.open_switch(switch)
 
 
 def takes_ranks(state: PoolState, engine: Engine) -> bool:
@@ -395,6 +396,11 @@ def _finish(state: PoolState, switch: Switch, now: float) -> None:
     switch.reports.extend(reports.of_moves(switch, now))
     report = reports.switch_report(switch, now)
     state.effects.append(RecordTransition(report, switch.cause, switch.started))
+    names = tuple(dict.fromkeys(move.engine.name for move in switch.moves))
+    past = PastSwitch(switch.number, switch.started, switch.cause, names, report)
+    state.history.past.append(past)
+    state.history.num_past += 1
+    tally.note_switch(state.history.tally, report)
     if switch.error:
         answer = CallFailed(call=switch.call, error=_failure(switch))
         state.send_to_client(switch.client, answer)

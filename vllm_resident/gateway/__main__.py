@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +107,18 @@ def _keys(given: list[str] | None, variable: str) -> list[str]:
 
 class Server(uvicorn.Server):
     """uvicorn's, without its signal handlers: it would raise a caught signal again
-    when it has ended, and that would end this process before it has tidied up."""
+    when it has ended, and that would end this process before it has tidied up.
+
+    `end_streams` is called when it begins to stop: it waits for answers to end.
+    """
+
+    def __init__(self, config: uvicorn.Config, end_streams: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._end_streams = end_streams
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._end_streams()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -172,7 +184,8 @@ async def _serve(
                 ws="none",
                 lifespan="off",
                 timeout_graceful_shutdown=GRACE_S,
-            )
+            ),
+            pool_routes.end_streams,
         )
         _stop_on_signals(server)
         with _stop_with(options.owner_pid, server):

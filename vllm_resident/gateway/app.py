@@ -7,13 +7,14 @@ together is answered here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any
 
 from vllm_resident.client import AsyncClient
 from vllm_resident.errors import ResidentError
-from vllm_resident.gateway import asgi, metrics, problems
+from vllm_resident.gateway import asgi, metrics, problems, status_page
 from vllm_resident.gateway.asgi import (
     Bodies,
     Disconnected,
@@ -31,6 +32,8 @@ log = logging.getLogger("vllm_resident.gateway")
 
 # Open to everybody, as in vLLM's server: nothing of a request or an answer shows here.
 _OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
+# Who scrapes waits ten seconds; a pool that does not answer is a fact, too.
+METRICS_TIMEOUT_S = 3.0
 
 
 class Gateway:
@@ -77,13 +80,16 @@ class Gateway:
         if path == "/pool" or path.startswith("/pool/"):
             await self._pool_routes(scope, receive, send)
             return
+        if path == "/" and method in ("GET", "HEAD"):
+            # It says nothing of the pool: what it shows is asked for with a key.
+            await status_page.answer(method, send)
+            return
         if path not in _OPEN_PATHS:
             self._keys.check(scope)
         if path in ("/health", "/ping"):
             await self._health(send)
         elif path == "/metrics":
-            page, content_type = metrics.page(self._residents.counts)
-            await asgi.answer_bytes(send, 200, page, content_type)
+            await self._metrics(send)
         elif path == "/v1/models" and method == "GET":
             status = await self._status()
             cards = [self._card(status, name) for name in known_models(status)]
@@ -131,6 +137,18 @@ class Gateway:
         if status.phase not in ("ready", "degraded"):
             raise problems.unavailable(f"the pool is {status.phase}")
         await asgi.answer(send, 200, {"pool": status.pool, "phase": status.phase})
+
+    async def _metrics(self, send: Send) -> None:
+        status = totals = None
+        with contextlib.suppress(TimeoutError, ResidentError):
+            async with asyncio.timeout(METRICS_TIMEOUT_S):
+                status = await self._client.status()
+                totals = await self._client.totals()
+        counts = self._residents.counts()
+        page, content_type = await asyncio.to_thread(
+            metrics.page, counts, status, totals
+        )
+        await asgi.answer_bytes(send, 200, page, content_type)
 
     async def _one_model(self, name: str, send: Send) -> None:
         status = await self._status()

@@ -1,14 +1,17 @@
-"""What Prometheus gets: vLLM's metrics of every model, as of one server, and the
-gateway's own."""
+"""What Prometheus gets: vLLM's metrics of every model, as of one server, the pool's and
+the gateway's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
+
+from vllm_resident.gateway import pool_metrics
+from vllm_resident.messages import PoolStatus, PoolTotals
 
 _of_models: dict[str, CollectorRegistry] = {}
 
@@ -23,19 +26,30 @@ def remove(model: str, registry: CollectorRegistry) -> None:
         del _of_models[model]
 
 
-def page(counts: Callable[[], dict[str, tuple[int, int]]]) -> tuple[bytes, str]:
+def page(
+    counts: dict[str, tuple[int, int]],
+    status: PoolStatus | None,
+    totals: PoolTotals | None,
+) -> tuple[bytes, str]:
     """All of it in Prometheus's text form, and what that is called. `counts` says by
-    model how many requests wait for it, and how many are with it."""
+    model how many requests wait for it, and how many are with it; `status` and `totals`
+    are the pool's, None where it does not answer.
+
+    Any thread: of 64 models over 8 ranks it takes a tenth of a second.
+    """
     everything = CollectorRegistry(auto_describe=False)
-    everything.register(_Everything(counts()))
+    pool = list(pool_metrics.families(status, totals))
+    everything.register(_Everything(counts, pool))
     return generate_latest(everything), CONTENT_TYPE_LATEST
 
 
 class _Everything(Collector):
-    """The process's registry and those of the models, a family of one name once."""
+    """The process's registry and those of the models, a family of one name once; then
+    the pool's."""
 
-    def __init__(self, counts: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, counts: dict[str, tuple[int, int]], pool: list[Metric]) -> None:
         self._counts = counts
+        self._pool = pool
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
@@ -47,6 +61,7 @@ class _Everything(Collector):
                 )
                 family.samples.extend(found.samples)
         yield from families.values()
+        yield from self._pool
         yield from self._own()
 
     def _own(self) -> Iterable[Metric]:

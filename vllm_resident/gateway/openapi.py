@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
+from vllm_resident.gateway.feed import EndedSwitch
 from vllm_resident.gateway.problems import Problem
-from vllm_resident.messages import PoolStatus, SwitchReport
+from vllm_resident.messages import PoolStatus, SwitchReport, SwitchStatus
 
 _REFERENCE = "#/components/schemas/{name}"
 # What the routes answer besides 200, and when.
@@ -28,7 +29,7 @@ _READING = (401, 403, 503)
 
 def describe(commands: Mapping[str, type[msgspec.Struct]]) -> dict[str, Any]:
     """The document; `commands` are the forms of their bodies by route."""
-    types = [PoolStatus, SwitchReport, *commands.values()]
+    types = [PoolStatus, SwitchStatus, EndedSwitch, SwitchReport, *commands.values()]
     _, schemas = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     schemas["Problem"] = _problem()
     paths: dict[str, Any] = {
@@ -61,7 +62,12 @@ def _reading(name: str, summary: str, answer: type | None) -> dict[str, Any]:
 
 
 def _events() -> dict[str, Any]:
-    summary = "What happens, as server-sent events, until the caller leaves."
+    summary = (
+        "What happens, as server-sent events, until the caller leaves: `status` (a "
+        "PoolStatus) each second, `progress` (a SwitchStatus) whenever a switch gets "
+        "on, `switch` (an EndedSwitch) when one has ended, with an id that "
+        "`Last-Event-ID` takes, and `error` where the pool does not answer."
+    )
     stream = {"text/event-stream": {"schema": {"type": "string"}}}
     return {
         "operationId": "events",

@@ -1,8 +1,8 @@
 """The pool's commands over HTTP, with the client's semantics, errors and reports.
 
-`GET /pool` is the status, `GET /pool/events` the status each second and every switch
-that ends, as server-sent events, and `POST /pool/COMMAND` a command, its arguments a
-JSON object of the client's own. `GET /pool/openapi.json` describes all this.
+`GET /pool` is the status, `GET /pool/events` the status each second and every switch,
+whoever caused it, as server-sent events, and `POST /pool/COMMAND` a command, its
+arguments a JSON object of the client's own. `GET /pool/openapi.json` describes it all.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from vllm_resident.client import AsyncClient
 from vllm_resident.errors import ResidentError
 from vllm_resident.gateway import asgi, openapi, problems
 from vllm_resident.gateway.asgi import Bodies, Keys, Receive, Scope, Send
+from vllm_resident.gateway.feed import Event, Feed
 from vllm_resident.gateway.problems import Problem
 from vllm_resident.messages import SwitchReport
 
-EVENT_INTERVAL_S = 1.0
-# Switches that a listener which reads slowly may be behind; then it misses some.
-MAX_EVENTS = 100
+# A line that says nothing, for proxies that end connections where nothing is said.
+KEEP_ALIVE_S = 10.0
+# What a listener that lost its connection waits before it comes again.
+COME_AGAIN_MS = 2000
+MAX_LISTENERS = 100
 
 
 class _Command(
@@ -89,7 +92,12 @@ class PoolRoutes:
         self._description = openapi.describe(
             {name: known.form for name, known in _COMMANDS.items()}
         )
-        self._listeners: set[asyncio.Queue[SwitchReport]] = set()
+        self._feed = Feed(client)
+
+    def end_streams(self) -> None:
+        """End the streams of events, which have no end of their own. May be called
+        twice."""
+        self._feed.end()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._check(scope)
@@ -104,7 +112,7 @@ class PoolRoutes:
             await asgi.answer(send, 200, self._description)
         elif path == "/pool/events":
             _require(method, "GET")
-            await self._tell(receive, send)
+            await self._tell(scope, receive, send)
         elif (known := _COMMANDS.get(path.removeprefix("/pool/"))) is not None:
             _require(method, "POST")
             await self._command(known, scope, receive, send)
@@ -143,38 +151,44 @@ class PoolRoutes:
         # A caller that goes away does not stop what it began; nor does the client's.
         with _as_problems():
             report = await known.run(self._client, command)
-        for listener in self._listeners:
-            with contextlib.suppress(asyncio.QueueFull):
-                listener.put_nowait(report)
         await asgi.answer(send, 200, report)
 
-    async def _tell(self, receive: Receive, send: Send) -> None:
+    async def _tell(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Server-sent events until the listener goes."""
-        reports: asyncio.Queue[SwitchReport] = asyncio.Queue(MAX_EVENTS)
-        self._listeners.add(reports)
+        if self._feed.num_listeners >= MAX_LISTENERS:
+            raise problems.unavailable(f"{MAX_LISTENERS} listeners are there already")
         gone = asyncio.ensure_future(asgi.gone(receive))
         try:
-            await asgi.begin(
-                send,
-                200,
-                {"content-type": "text/event-stream", "cache-control": "no-store"},
-            )
-            while not gone.done():
-                while not reports.empty():
-                    await _send_event(send, "switch", reports.get_nowait())
-                try:
-                    await _send_event(send, "status", await self._client.status())
-                except ResidentError as error:
-                    await _send_event(send, "error", error.to_info())
-                await asyncio.wait([gone], timeout=EVENT_INTERVAL_S)
+            with self._feed.listening(asgi.header(scope, b"last-event-id")) as listener:
+                gone.add_done_callback(lambda _: listener.end())
+                await asgi.begin(send, 200, _STREAM)
+                await _send_part(send, b"retry: %d\n\n" % COME_AGAIN_MS)
+                while not listener.is_over:
+                    events = listener.take()
+                    part = b"".join(map(_event_bytes, events)) or b": alive\n\n"
+                    await _send_part(send, part)
+                    await listener.wait(KEEP_ALIVE_S)
+                if not gone.done():
+                    await send({"type": "http.response.body", "body": b""})
         finally:
-            self._listeners.discard(reports)
             gone.cancel()
 
 
-async def _send_event(send: Send, kind: str, document: object) -> None:
-    data = msgspec.json.encode(document)
-    body = b"event: %s\ndata: %s\n\n" % (kind.encode(), data)
+_STREAM = {
+    "content-type": "text/event-stream",
+    "cache-control": "no-store",
+    # A proxy that gathers what it passes on would hold the events back.
+    "x-accel-buffering": "no",
+}
+
+
+def _event_bytes(event: Event) -> bytes:
+    number = b"id: %s\n" % event.id.encode() if event.id else b""
+    data = msgspec.json.encode(event.data)
+    return number + b"event: %s\ndata: %s\n\n" % (event.kind.encode(), data)
+
+
+async def _send_part(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 

@@ -1,7 +1,7 @@
 """What this rank holds right now, read from the kernel and the device, not from memory.
 
-Reading costs about a millisecond, so heartbeats carry it. What should have been given
-back and was not is a `ReleaseIncomplete`.
+Reading costs about a millisecond, so heartbeats carry it, and with it what the rank has
+done: its steps. What should have been given back and was not is a `ReleaseIncomplete`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import weakref
 from typing import Any
 
 from vllm_resident.errors import ReleaseIncomplete
-from vllm_resident.messages import RankGauges
+from vllm_resident.messages import RankGauges, StepCount
 from vllm_resident.rank import mapping
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.world import num_process_groups
@@ -22,6 +22,10 @@ _TOLERANCE_BYTES = 64 * 2**20
 
 # The models of this process, also of engines that were released, while they are alive.
 _models: dict[int, weakref.ref[Any]] = {}
+# By engine's name. Written by the main thread alone, a whole value at a time.
+_steps: dict[str, tuple[int, float]] = {}
+# So many names are kept; one that was dropped is counted anew when it comes back.
+MAX_NAMES = 200
 
 
 def read(device: Device, segment_token: str) -> RankGauges:
@@ -38,7 +42,16 @@ def read(device: Device, segment_token: str) -> RankGauges:
         num_sockets=sum(_is_socket(each) for each in descriptors),
         num_process_groups=num_process_groups(),
         num_engines=sum(model() is not None for model in list(_models.values())),
+        steps={name: StepCount(*count) for name, count in _steps.copy().items()},
     )
+
+
+def count_step(name: str, seconds: float) -> None:
+    """One step of the engine of that name; main thread only."""
+    num_steps, total_s = _steps.get(name, (0, 0.0))
+    if not num_steps and len(_steps) >= MAX_NAMES:
+        del _steps[next(iter(_steps))]
+    _steps[name] = num_steps + 1, total_s + seconds
 
 
 def count_model(model: weakref.ref[Any]) -> None:

@@ -240,6 +240,8 @@ class Follower:
         self._step = 0
         self._digest = 0
         self.stopped = False
+        # Of the plans, those that said to step.
+        self.num_steps = 0
 
     def follow(self) -> bool:
         """Take the next plan if there is one, without waiting; True if there was.
@@ -257,6 +259,7 @@ class Follower:
         self.stopped = plan.stop
         if plan.run:
             _, self._digest = _run(self._core, self._digest)
+            self.num_steps += 1
         return True
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from vllm.v1.engine import FinishReason
 
 from vllm_resident import messages
 from vllm_resident.errors import CommandRejected, RankTimeout
-from vllm_resident.rank import lockstep
+from vllm_resident.rank import ledger, lockstep
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.engine import Engine, PhaseClock, Prepared
 from vllm_resident.rank.frontends import Frontends
@@ -161,7 +161,7 @@ class Serving:
             if hosted.follower.stopped:
                 return False
             engine.world.enter()
-            return hosted.follower.follow()
+            return self._follow(hosted.name, hosted.follower)
         assert hosted.leader is not None
         if not hosted.has_work:
             return False
@@ -169,6 +169,13 @@ class Serving:
         if not hosted.has_work:
             hosted.leader.settle()
         return True
+
+    def _follow(self, name: str, follower: lockstep.Follower) -> bool:
+        num_steps, began = follower.num_steps, time.monotonic()
+        has_followed = follower.follow()
+        if follower.num_steps != num_steps:
+            ledger.count_step(name, time.monotonic() - began)
+        return has_followed
 
     def stop(self, hosted: Hosted, finish_by: float, deadline: float) -> None:
         """On the leader: finish what runs, abort what still does at `finish_by`, step
@@ -191,7 +198,9 @@ class Serving:
     def _lead(self, hosted: Hosted) -> None:
         assert hosted.engine is not None
         assert hosted.requests is not None
+        began = time.monotonic()
         outputs = hosted.engine.step()
+        ledger.count_step(hosted.name, time.monotonic() - began)
         for number, completions, done in hosted.requests.collect(outputs):
             self._output(hosted, number, completions, done)
         if hosted.frontends is not None:
