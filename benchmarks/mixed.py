@@ -177,7 +177,7 @@ class Callers:
                     model = event["model"]
                     got += event["choices"][0]["token_ids"]
                     reason = event["choices"][0]["finish_reason"]
-                is_done = line.startswith(b"data: [DONE]")
+                is_done = is_done or line.startswith(b"data: [DONE]")
                 if num_wanted < call.num_tokens and len(got) >= num_wanted:
                     answer.close()
                     break
