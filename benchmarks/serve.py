@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks import callers, machine
 from benchmarks.callers import Figures, Load
 from benchmarks.contenders import ENGINE
-from benchmarks.servers import GatewayServer, VllmServer
+from benchmarks.servers import GatewayServer, VllmServer, interruptible
 from examples.checkpoints import REPO_ROOT, cache_folder
 from vllm_resident import Client
 from vllm_resident.rank import device
@@ -458,4 +458,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))

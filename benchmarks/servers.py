@@ -7,13 +7,16 @@ which the callers share with them.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.contenders import Pool, Resources
 from benchmarks.plain import PlainServer, free_port
-from vllm_resident import Client
+from vllm_resident import Client, ResidentError
 from vllm_resident.cli import gateway
 
 READY_TIMEOUT_S = 300.0
@@ -51,6 +54,21 @@ class GatewayServer(Resources):
         self.url = process.url
         self.pid = process.process.pid
         return self
+
+
+def interruptible(main: Callable[[], int]) -> int:
+    """`main`'s exit status; whoever asks this process to end gets what it started ended
+    first. Python leaves SIGINT ignored where a shell started it in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left running", file=sys.stderr)
+        return 130
+    except ResidentError as error:
+        print(f"the pool failed: {error}", file=sys.stderr)
+        return 1
 
 
 class VllmServer(Resources):

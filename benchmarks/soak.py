@@ -32,7 +32,7 @@ from benchmarks.mixed import MAX_TOKENS, PROMPTS, SAMPLING, Callers, Seen, trace
 from benchmarks.plain_answers import plain_answers
 from benchmarks.policy import percentile
 from benchmarks.serve import make_checkpoints
-from benchmarks.servers import GatewayServer
+from benchmarks.servers import GatewayServer, interruptible
 from examples.checkpoints import cache_folder
 from vllm_resident import Client, PoolStatus, journal
 from vllm_resident.transport import pool_directory
@@ -318,4 +318,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interruptible(main))
