@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +17,7 @@ from aiohttp import web
 from benchmarks import callers, mixed, serve
 from benchmarks.callers import Figures, Heard, Load
 from benchmarks.mixed import Call, Callers, Seen
-from benchmarks.serve import Against, FirstTokens, Row
+from benchmarks.serve import Against, FirstTokens, Row, Turn
 
 TOKEN_S = 0.005
 WHAT = {"num_words": 4, "max_tokens": 4}
@@ -153,8 +154,8 @@ def test_figures_are_of_the_whole_and_of_the_middle_call() -> None:
 
 
 def test_a_row_is_by_the_better_of_the_others() -> None:
-    def turns(*tokens: float) -> list[Figures]:
-        return [Figures(each, 1 / each, 0.1) for each in tokens]
+    def turns(*tokens: float) -> list[Turn]:
+        return [Turn(Figures(each, 1 / each, 0.1), 0.01) for each in tokens]
 
     own = turns(90, 100, 95)
     slow, fast = turns(80, 80, 80), turns(100, 100, 100)
@@ -166,6 +167,34 @@ def test_a_row_is_by_the_better_of_the_others() -> None:
     document = row.as_json()
     assert document["rounds"] == 3
     assert document["gateway"]["tokens_per_s"] == 95
+
+
+async def test_a_disturbed_turn_is_taken_again(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.4, 0.02])
+    monkeypatch.setattr(serve, "SETTLE_S", 0.0)
+    monkeypatch.setattr(serve.machine.Watch, "others_share", lambda _: next(shares))
+    load = callers.closed("l", "", 1, 1, **WHAT)
+    taken = await asyncio.to_thread(serve.turn, server.url, load)
+    assert taken.others_share == 0.02
+    assert taken.figures.tokens_per_s > 0
+
+
+def test_own_work_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cores did is what this process did, here; then somebody else's too."""
+    machine = serve.machine
+    busy_s = [machine._own_s()]
+    monkeypatch.setattr(machine, "_busy_s", lambda: busy_s[0])
+    watch = machine.Watch()
+    before = machine._own_s()
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    busy_s[0] += machine._own_s() - before
+    assert watch.others_share() < 0.1
+    busy_s[0] += 100.0
+    assert watch.others_share() > 1.0
 
 
 def test_a_first_token_is_beside_that_of_vllms_server() -> None:
