@@ -212,9 +212,10 @@ class Pool(Resources):
     folder for that, so that what it has never seen is new to it indeed.
     """
 
-    def __init__(self, num_ranks: int, title: str) -> None:
+    def __init__(self, num_ranks: int, title: str, config: Path | None = None) -> None:
         super().__init__()
         self._num_ranks = num_ranks
+        self._config = config
         self._name = f"switch-{os.getpid()}-{title}"
         self._is_loaded = False
 
@@ -223,7 +224,9 @@ class Pool(Resources):
         self.stack.push(self._clear)
         with _ended_on_error(self.stack):
             with _environment("VLLM_CACHE_ROOT", cache):
-                started = launch(self._name, self._num_ranks, max_restarts=0)
+                started = launch(
+                    self._name, self._num_ranks, config=self._config, max_restarts=0
+                )
             self.stack.enter_context(started)
             self._client = self.stack.enter_context(Client(started.endpoint))
             started.wait_ready(self._client, READY_TIMEOUT_S)

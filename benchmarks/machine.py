@@ -1,18 +1,23 @@
 """What a benchmark ran on: the machine's parts, the versions, and how busy it is.
 
 Says what two machines need to be compared by; no host names, no paths, no user. Reads
-/proc and package metadata only: neither torch nor vLLM is imported.
+/proc and package metadata only: neither torch nor vLLM is imported. `Watch` says how
+much of the cores others had while something was measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
 
 # More than this, averaged over the last minute, is somebody else's work.
 BUSY_LOAD = 0.5
@@ -74,6 +79,41 @@ def busy() -> str:
         f"the machine is busy (load average {load:.2f} over the last minute): what is "
         "measured now is slower than it should be, and spread wider"
     )
+
+
+class Watch:
+    """From here to `others_share`: how much of the cores somebody else had, who is
+    neither this process nor below it, or the machine's host."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._busy_s, self._own_s = _busy_s(), _own_s()
+
+    def others_share(self) -> float:
+        """Of all cores' time, 0 to 1."""
+        elapsed_s = (time.monotonic() - self._began) * (os.cpu_count() or 1)
+        own_s = _own_s() - self._own_s
+        return max(0.0, _busy_s() - self._busy_s - own_s) / elapsed_s
+
+
+def _busy_s() -> float:
+    """Of all cores, since the machine started; stolen time is somebody's, too."""
+    times = psutil.cpu_times()
+    # guest is part of user.
+    return float(
+        times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+    )
+
+
+def _own_s() -> float:
+    """Of this process and what it started, as far as that still runs."""
+    own = psutil.Process()
+    total_s = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total_s += times.user + times.system
+    return total_s
 
 
 def _gpus() -> list[str]:

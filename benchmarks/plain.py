@@ -1,9 +1,10 @@
 """Plain vLLM as a benchmark's driver sees it: processes to start, ask and end.
 
 `PlainLauncher` is one torchrun of `benchmarks.plain_launcher`, `PlainProcess` one
-process of `benchmarks.plain_process`. Both run the installed vLLM without a patch and
-without a pool, die with the driver however that ends, and answer within a deadline or
-end the benchmark with the last lines of their log.
+process of `benchmarks.plain_process`, `PlainServer` vLLM's own OpenAI server. All run
+the installed vLLM without a patch and without a pool, die with the driver however that
+ends, and answer within a deadline or end the benchmark with the last lines of their
+log.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,6 +122,79 @@ class PlainProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class PlainServer:
+    """vLLM's own OpenAI server, its engine behind vLLM's multiprocessing backend.
+
+    `bind` is vLLM's VLLM_CPU_OMP_THREADS_BIND: which cores its workers compute on.
+    `url` is what OpenAI clients call the base; `model` is served as `name`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        engine_args: dict[str, Any],
+        *,
+        bind: str,
+        folder: Path,
+    ) -> None:
+        self._log = folder / "server.log"
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}/v1"
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", model, "--served-model-name", name),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--distributed-executor-backend", "mp"),
+            "--disable-uvicorn-access-log",
+            *flags(engine_args),
+        ]
+        environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": bind}
+        with self._log.open("wb") as log:
+            self.process = _start(command, stdout=log, stderr=log, env=environment)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Until it answers, or the benchmark ends with the end of its log."""
+        deadline = time.monotonic() + timeout_s
+        health = self.url.removesuffix("/v1") + "/health"
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(health, timeout=5.0),
+            ):
+                return
+            time.sleep(0.2)
+        raise SystemExit(f"vLLM's server did not start:\n{_tail(self._log)}")
+
+    def close(self) -> None:
+        """End it and all it started; no-op if it has ended."""
+        _end(self.process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def flags(engine_args: dict[str, Any]) -> list[str]:
+    """Engine arguments as vLLM's command line takes them."""
+    found = []
+    for name, value in engine_args.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", str(value)]
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _start(command: list[str], **streams: Any) -> subprocess.Popen[bytes]:

@@ -54,6 +54,9 @@ TINY: dict[str, tuple[str, str, dict[str, Any], int]] = {
         5,
     ),
 }
+# The same shapes with other weights: each must answer as itself, not as its double.
+for _name, _seed in (("llama", 11), ("qwen2", 12), ("qwen3", 13)):
+    TINY[f"{_name}-b"] = (*TINY[_name][:3], _seed)
 # Not for comparing outputs but for timing: steps long enough to mean something, at
 # TP=2 too, which SmolLM2's nine heads rule out.
 TINY["llama-42m"] = (

@@ -155,6 +155,14 @@ def test_the_policy_beats_both_on_a_shipped_trace() -> None:
     assert beats(rows, needs_switches=True)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_policy_beats_both_on_every_shipped_trace() -> None:
+    """As `python -m benchmarks.policy` says by its exit status; it starves nobody on
+    the way (`Simulation.run`)."""
+    assert simulator.main([]) == 0
+
+
 def test_the_command_prints_a_table_and_writes_the_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
