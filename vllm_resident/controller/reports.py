@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from vllm_resident.config import adapters
 from vllm_resident.controller.state import (
     ENGINE_MOVING,
     Engine,
@@ -161,7 +162,23 @@ def pool_status(state: PoolState, now: float) -> PoolStatus:
         device_memory_bytes=state.device_memory_bytes,
         models=sorted(state.models),
         waiting=state.demand.num_waiting(),
+        adapters=_adapters(state),
     )
+
+
+def _adapters(state: PoolState) -> dict[str, str]:
+    """Whose each LoRA adapter is."""
+    declared = {
+        adapter: name
+        for name, spec in state.models.items()
+        for adapter in adapters({**spec.engine_args, **spec.frontend_args})
+    }
+    loaded = {
+        adapter: engine.name
+        for engine in state.engines.values()
+        for adapter in adapters(engine.spec.frontend_args)
+    }
+    return {**declared, **loaded}
 
 
 def _rank_status(state: PoolState, rank: Rank) -> RankStatus:
@@ -207,7 +224,7 @@ def _engine_status(state: PoolState, engine: Engine, now: float) -> EngineStatus
         phase=engine.phase.value,
         generation=engine.generation,
         ranks=engine.ranks,
-        engine_args=engine.spec.engine_args,
+        engine_args={**engine.spec.engine_args, **engine.spec.frontend_args},
         num_requests=num_requests,
         progress=engine.progress[-1] if is_moving and engine.progress else "",
         error=engine.error.message if engine.error else "",

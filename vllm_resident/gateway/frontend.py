@@ -14,12 +14,12 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import vllm
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -29,7 +29,9 @@ from vllm_resident.gateway import metrics
 from vllm_resident.gateway.asgi import App
 from vllm_resident.messages import EngineSpec
 from vllm_resident.rank.engine import configure
+from vllm_resident.rank.server_options import server_arguments
 
+VLLM_VERSION: str = vllm.__version__
 # Its engine has answered before it is built; what is left is one call.
 OPEN_TIMEOUT_S = 60.0
 
@@ -48,7 +50,7 @@ class VllmFrontend:
         self._llm = llm
         self._arguments = arguments
         self._registry = registry
-        self._app: App | None = None
+        self._fastapi: FastAPI | None = None
 
     @classmethod
     def build(
@@ -72,6 +74,9 @@ class VllmFrontend:
             raise CommandRejected(
                 f"engine {spec.name!r} is data-parallel, which is not served over HTTP"
             )
+        arguments = server_arguments(
+            spec.model, config, spec.engine_args, spec.frontend_args
+        )
         registry = CollectorRegistry()
         llm = AsyncLLM.from_vllm_config(
             config,
@@ -82,12 +87,7 @@ class VllmFrontend:
                 "output_address": output_address,
             },
         )
-        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-        for name, value in spec.engine_args.items():
-            setattr(arguments, name, value)
-        arguments.model = spec.model
         arguments.served_model_name = [spec.name]
-        arguments.structured_outputs_config = config.structured_outputs_config
         arguments.api_key = list(api_keys) or None
         # There are many of them behind one address: none describes it.
         arguments.disable_fastapi_docs = True
@@ -102,12 +102,27 @@ class VllmFrontend:
             await init_app_state(self._llm, app.state, self._arguments, tasks)
         # vLLM's handler of a dead engine tells its server to exit: there is none here.
         app.state.server = SimpleNamespace(should_exit=False)
-        self._app = app
+        if not self._arguments.enable_tokenizer_info_endpoint:
+            # Once an app has had it, vLLM gives it to all (0.32.0, serve/tokenize/
+            # api_router.py: a router of the module's).
+            app.router.routes[:] = [
+                route
+                for route in app.router.routes
+                if getattr(route, "path", "") != "/tokenizer_info"
+            ]
+        self._fastapi = app
 
     @property
     def app(self) -> App:
-        assert self._app is not None
-        return self._app
+        assert self._fastapi is not None
+        return self._fastapi
+
+    def has_response(self, name: str) -> bool:
+        """Whether its app keeps that response; it does where vLLM is told to
+        (VLLM_ENABLE_RESPONSES_API_STORE)."""
+        assert self._fastapi is not None
+        serving = getattr(self._fastapi.state, "openai_serving_responses", None)
+        return serving is not None and name in serving.response_store
 
     def fail(self) -> None:
         """End what still runs: the engine is gone, and nobody else would tell."""
