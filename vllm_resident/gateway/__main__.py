@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 async def _serve(
     options: argparse.Namespace, host: str, port: int, directory: Path
 ) -> int:
-    from vllm_resident.gateway.frontend import VllmFrontend
+    from vllm_resident.gateway.frontend import VLLM_VERSION, VllmFrontend
 
     async with AsyncClient(
         options.controller, pool=options.pool, connect_timeout_s=CONNECT_TIMEOUT_S
@@ -143,7 +143,14 @@ async def _serve(
         pool_routes = PoolRoutes(
             client, Keys(options.operator_key), bodies, is_open=is_loopback(host)
         )
-        app = Gateway(client, residents, pool_routes, Keys(options.api_key), bodies)
+        app = Gateway(
+            client,
+            residents,
+            pool_routes,
+            Keys(options.api_key),
+            bodies,
+            VLLM_VERSION,
+        )
         server = Server(
             uvicorn.Config(
                 app,

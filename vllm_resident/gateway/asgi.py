@@ -18,6 +18,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -134,6 +135,12 @@ def header(scope: Scope, name: bytes) -> str:
         if key == name:
             return bytes(value).decode("latin-1")
     return ""
+
+
+def query(scope: Scope, name: str) -> str:
+    """The first value of that name in the query, or nothing."""
+    text = scope.get("query_string", b"").decode("latin-1")
+    return dict(reversed(parse_qsl(text))).get(name, "")
 
 
 async def answer(
