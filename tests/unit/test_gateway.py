@@ -56,6 +56,7 @@ class FakePool:
         self.models: list[str] = []
         self.adapters: dict[str, str] = {}
         self.spec_args: dict[str, Any] = {}
+        self.open_error: Exception | None = None
         self.ranks = {name: [0] for name in phases}
         self.calls: list[tuple[Any, ...]] = []
         self.rejections: list[Exception] = []
@@ -148,6 +149,7 @@ class FakePool:
 
     def build(self, spec: EngineSpec, into: str, out: str) -> FakeFrontend:
         self.built.append(FakeFrontend(spec.name))
+        self.built[-1].error, self.open_error = self.open_error, None
         return self.built[-1]
 
 
@@ -159,9 +161,11 @@ class FakeFrontend:
         self.is_closed = False
         self.hold: asyncio.Event | None = None
         self.responses: set[str] = set()
+        self.error: Exception | None = None
 
     async def open(self) -> None:
-        pass
+        if self.error is not None:
+            raise self.error
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
@@ -406,6 +410,18 @@ async def test_one_that_falls_asleep_before_its_frontend_is_there_is_called_agai
         assert [name for name, _ in pool.turns][:2] == ["a", "a"]
         assert pool.turns[1][1] > 0  # what it has waited is not forgotten
         assert len(pool.built) == 1
+
+
+async def test_a_frontend_that_does_not_open_is_closed(tmp_path: Path) -> None:
+    """It holds threads and sockets; the next call tries again."""
+    pool = FakePool(a="ready")
+    pool.open_error = CommandRejected("no adapter")
+    async with serving(pool, tmp_path) as app:
+        status, answer, _ = await call(app, body={"model": "a"})
+        assert (status, "no adapter" in answer["error"]["message"]) == (503, True)
+        assert pool.built[0].is_closed
+        assert pool.watchers == {}
+        assert (await call(app, body={"model": "a"}))[0] == 200
 
 
 async def test_an_adapter_is_called_by_its_name(tmp_path: Path) -> None:

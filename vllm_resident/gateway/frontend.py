@@ -95,11 +95,17 @@ class VllmFrontend:
         return cls(spec.name, llm, arguments, registry)
 
     async def open(self) -> None:
-        """Make its app; raises `TimeoutError` where the leader does not answer."""
-        async with asyncio.timeout(OPEN_TIMEOUT_S):
-            tasks = tuple(await self._llm.get_supported_tasks())
-            app = build_app(self._arguments, tasks, self._llm.model_config)
-            await init_app_state(self._llm, app.state, self._arguments, tasks)
+        """Make its app; raises `CommandRejected` where that cannot be now: the leader
+        does not answer, or gives no adapter because the engine has fallen asleep."""
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                tasks = tuple(await self._llm.get_supported_tasks())
+                app = build_app(self._arguments, tasks, self._llm.model_config)
+                await init_app_state(self._llm, app.state, self._arguments, tasks)
+        except TimeoutError as error:
+            raise CommandRejected("its leader does not answer") from error
+        except ValueError as error:
+            raise CommandRejected(f"vLLM's server did not start: {error}") from error
         # vLLM's handler of a dead engine tells its server to exit: there is none here.
         app.state.server = SimpleNamespace(should_exit=False)
         if not self._arguments.enable_tokenizer_info_endpoint:

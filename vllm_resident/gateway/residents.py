@@ -296,7 +296,7 @@ class Residents:
             began = time.monotonic()
             async with self._building:
                 frontend = await asyncio.to_thread(self._build, reply.spec, into, out)
-            await frontend.open()
+            await _opened(frontend)
         except BaseException:
             # Cancelled too: nobody else knows of the attachment.
             await self._release(served)
@@ -371,6 +371,15 @@ def known_models(status: PoolStatus) -> list[str]:
     """What a request may name: engines that are there, and declared models."""
     there = {engine.name for engine in status.engines}
     return sorted(there | set(status.models))
+
+
+async def _opened(frontend: Frontend) -> None:
+    try:
+        await frontend.open()
+    except BaseException:
+        # Cancelled too: nobody else knows of it.
+        frontend.close()
+        raise
 
 
 async def _unless(gone: asyncio.Future[None], waiting: Coroutine[Any, Any, T]) -> T:
