@@ -146,6 +146,7 @@ def read_pool(path: str | Path) -> PoolConfig:
     pool = document.table("pool", functools.partial(_pool, base=Path(path).parent))
     declare = functools.partial(_declared, default=pool["default_limits"])
     declared = document.each("models", "model", declare)
+    _check_adapters(document, {name: each.spec for name, each in declared.items()})
     return PoolConfig(
         **pool,
         models={name: model.spec for name, model in declared.items()},
@@ -158,6 +159,20 @@ def read_pool(path: str | Path) -> PoolConfig:
     )
 
 
+def _check_adapters(document: _Document, specs: dict[str, EngineSpec]) -> None:
+    """A request's `model` may be an adapter's name, so each has one of its own."""
+    owners = {name: name for name in specs}
+    for name, spec in specs.items():
+        for adapter in adapters(spec.engine_args):
+            if adapter in owners:
+                raise CommandRejected(
+                    f"{document.place(('models', name), 'lora_modules')}: model "
+                    f"{name!r}: the name {adapter!r} is in use by {owners[adapter]!r}: "
+                    "give the adapter another"
+                )
+            owners[adapter] = name
+
+
 def engine_spec(engine: EngineSpec | Mapping[str, Any]) -> EngineSpec:
     """One engine of a layout given in code.
 
@@ -165,7 +180,11 @@ def engine_spec(engine: EngineSpec | Mapping[str, Any]) -> EngineSpec:
     arguments stand beside them, under `engine_args`, or both. Raises `CommandRejected`.
     """
     if isinstance(engine, EngineSpec):
-        return msgspec.structs.replace(engine, model=resolve_model(engine.model))
+        return msgspec.structs.replace(
+            engine,
+            model=resolve_model(engine.model),
+            engine_args=resolve_paths(engine.engine_args),
+        )
     if not isinstance(engine, Mapping):
         raise CommandRejected(
             f"an engine is an EngineSpec or a table, not {type(engine).__name__}"

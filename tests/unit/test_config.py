@@ -276,6 +276,10 @@ def test_memory_is_bytes_or_text(
             '[models.a]\nmodel = "m"\nchat_templat = "x"\n',
             r"pool\.toml:3: .*unknown key 'chat_templat'.*mean 'chat_template'",
         ),
+        (
+            '[models.a]\nmodel="m"\nlora_modules=[{name="b"}]\n[models.b]\nmodel="m"\n',
+            r"pool\.toml:3: model 'a': the name 'b' is in use by 'b'",
+        ),
         ("[pool]\nlora_modules = []\n", r"pool\.toml:2: .*one model's, not the pool"),
         ("[pool]\nchat_template = 1979-05-27\n", r"pool\.toml:2: .*of type date"),
     ],
