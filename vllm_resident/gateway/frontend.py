@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import vllm
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.parser import metrics as parser_metrics
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -26,7 +28,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from vllm_resident.errors import CommandRejected
 from vllm_resident.gateway import metrics
-from vllm_resident.gateway.asgi import App
+from vllm_resident.gateway.asgi import App, Receive, Scope, Send
 from vllm_resident.messages import EngineSpec
 from vllm_resident.rank.engine import configure
 from vllm_resident.rank.server_options import server_arguments
@@ -34,6 +36,17 @@ from vllm_resident.rank.server_options import server_arguments
 VLLM_VERSION: str = vllm.__version__
 # Its engine has answered before it is built; what is left is one call.
 OPEN_TIMEOUT_S = 60.0
+
+
+# The model whose app has the request of this task.
+_serving: ContextVar[str] = ContextVar("serving", default="")
+
+
+class _NameOfServing:
+    """A label's value, of which Prometheus takes the text."""
+
+    def __str__(self) -> str:
+        return _serving.get()
 
 
 class VllmFrontend:
@@ -116,12 +129,20 @@ class VllmFrontend:
                 for route in app.router.routes
                 if getattr(route, "path", "") != "/tokenizer_info"
             ]
+        if self._arguments.tool_call_parser:
+            # The label of what is counted, which vLLM keeps one of in a process.
+            parser_metrics._model_name = cast("str", _NameOfServing())
         self._fastapi = app
 
     @property
     def app(self) -> App:
         assert self._fastapi is not None
-        return self._fastapi
+        return self._serve
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self._fastapi is not None
+        _serving.set(self._name)
+        await self._fastapi(scope, receive, send)
 
     def has_response(self, name: str) -> bool:
         """Whether its app keeps that response; it does where vLLM is told to
