@@ -103,9 +103,9 @@ class Bodies:
 
 
 def _too_large() -> Problem:
-    # What is still to come is not read: the connection ends with the answer.
+    # Not closed with the answer: what still comes would reset it (`connections.py`).
     limit = MAX_BODY_BYTES // 2**20
-    return Problem(413, f"the body is larger than {limit} MiB", headers=CLOSE)
+    return Problem(413, f"the body is larger than {limit} MiB")
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
