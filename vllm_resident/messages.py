@@ -22,9 +22,11 @@ class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `ranks` is the list of global ranks, or how many the planner shall pick; without it,
     as many as the parallel sizes multiply to. `engine_args` are vLLM's `EngineArgs` by
-    their own names. Without `model` it is the one that pool.toml declares under the
-    name. `asleep` leaves it at sleep level 1 once built; a `pinned` engine is never put
-    to sleep, demoted or unloaded to make room for another.
+    their own names; options of its server (`FrontendArgs`) may stand among them, as for
+    `vllm serve`: the controller puts them into `frontend_args`. Without `model` it is
+    the one that pool.toml declares under the name. `asleep` leaves it at sleep level 1
+    once built; a `pinned` engine is never put to sleep, demoted or unloaded to make
+    room for another.
     """
 
     name: str
@@ -33,6 +35,7 @@ class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     engine_args: dict[str, Any] = {}
     asleep: bool = False
     pinned: bool = False
+    frontend_args: dict[str, Any] = {}
 
 
 class EngineMemory(msgspec.Struct, frozen=True):
@@ -269,7 +272,8 @@ class EngineStatus(msgspec.Struct, frozen=True):
 
 
 class PoolStatus(msgspec.Struct, frozen=True):
-    """The whole pool at one moment. `models` are the names that pool.toml declares;
+    """The whole pool at one moment. `models` are the names that pool.toml declares,
+    `adapters` the engines and declared models by the LoRA adapters they serve, too;
     `waiting` says how many calls wait for a model to come up, by name; `switches` are
     those under way."""
 
@@ -287,6 +291,7 @@ class PoolStatus(msgspec.Struct, frozen=True):
     models: list[str] = []
     waiting: dict[str, int] = {}
     switches: list[SwitchStatus] = []
+    adapters: dict[str, str] = {}
 
 
 # ----------------------------------------------------------- client -> controller
@@ -589,7 +594,8 @@ class Hello(FromRank, frozen=True, kw_only=True):
 
     `incarnation` counts its restarts; `host_id` is equal on ranks that share
     a kernel and pid namespace; `engine_arg_names` are the fields of vLLM's EngineArgs,
-    so that the controller can refuse an unknown one without importing vLLM.
+    `frontend_arg_names` those of its server's options, so that the controller can tell
+    them apart and refuse an unknown one without importing vLLM.
     """
 
     protocol_version: int
@@ -605,6 +611,7 @@ class Hello(FromRank, frozen=True, kw_only=True):
     torch_version: str
     engine_arg_names: list[str]
     generations: list[int]
+    frontend_arg_names: list[str] = []
 
 
 class Heartbeat(FromRank, frozen=True, kw_only=True):
@@ -752,6 +759,7 @@ class PrepareEngine(ToRank, frozen=True, kw_only=True):
     model: str
     engine_args: dict[str, Any]
     ranks: list[int]
+    frontend_args: dict[str, Any] = {}
 
 
 class BuildEngine(ToRank, frozen=True, kw_only=True):

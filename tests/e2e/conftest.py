@@ -16,8 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from examples.checkpoints import REPO_ROOT, cache_folder
-from tests.e2e.pools import ARCHITECTURES, plain_vllm_tokens, running_pool
+from examples.checkpoints import REPO_ROOT, cache_folder, make
+from tests.e2e.pools import (
+    ARCHITECTURES,
+    ENGINE_ARGS,
+    SAMPLING,
+    plain_vllm_tokens,
+    running_pool,
+)
+from tests.e2e.references import (
+    Expected,
+    plain_adapter,
+    plain_embeddings,
+    write_adapter,
+)
 from vllm_resident import Client
 
 LOAD_PHASES = (
@@ -77,6 +89,27 @@ def smollm2() -> str:
         timeout=300,
     )
     return str(cache_folder() / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of the one model that makes embeddings."""
+    return str(make("minilm"))  # copied: no torch is needed
+
+
+@pytest.fixture(scope="session")
+def embedded(minilm: str) -> dict[str, list[float]]:
+    return plain_embeddings(minilm)
+
+
+@pytest.fixture(scope="session")
+def tuned(
+    checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Expected:
+    """A tiny Llama, and an adapter of it."""
+    model = checkpoints["llama"]
+    adapter = write_adapter(Path(model), tmp_path_factory.mktemp("adapter"))
+    return plain_adapter(model, adapter, ENGINE_ARGS, SAMPLING)
 
 
 @pytest.fixture(scope="session")

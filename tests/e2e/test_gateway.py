@@ -482,7 +482,8 @@ def test_up_http_serves_declared_models_and_ends_with_the_pool(
     lines = [f"model = {json.dumps(checkpoints['llama'])}"]
     lines += [f"{key} = {value}" for key, value in arguments.items()]
     tables = [f"[models.{name}]\n" + "\n".join(lines) for name in ("tiny", "other")]
-    limits = "[pool]\nmin_residency_s = 60\nmax_queue = 1\nidle_ttl_s = 2"
+    limits = "[pool]\nmin_residency_s = 60\nmax_queue = 1\nidle_ttl_s = 2\n"
+    limits += 'response_role = "helper"\nchat_template = "{{ messages[0].content }}"'
     config.write_text("\n".join([limits, *tables]))
     with short_folder() as folder:
         environment = {**os.environ, "VLLM_RESIDENT_DIR": str(folder)}
@@ -509,6 +510,7 @@ def test_up_http_serves_declared_models_and_ends_with_the_pool(
                 timeout=120.0,
             )
             assert answer.status_code == 200, answer.text
+            check_options_of_all(started["http"])
             check_limits(started["http"].removesuffix("/v1"))
         finally:
             run("shutdown")
@@ -520,6 +522,17 @@ def test_up_http_serves_declared_models_and_ends_with_the_pool(
             time.sleep(0.2)
         else:
             raise AssertionError("the gateway outlives its pool")
+
+
+def check_options_of_all(url: str) -> None:
+    """A checkpoint without a template has the pool's, and speaks in the pool's role."""
+    messages = [{"role": "user", "content": "hello"}]
+    answer = httpx.post(
+        f"{url}/chat/completions",
+        json={"model": "tiny", "messages": messages, "max_tokens": 4},
+        timeout=60.0,
+    )
+    assert answer.json()["choices"][0]["message"]["role"] == "helper", answer.text
 
 
 def check_limits(url: str) -> None:

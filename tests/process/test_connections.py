@@ -68,6 +68,9 @@ class Frontend:
             gone.cancel()
             Frontend.num_streaming -= 1
 
+    def has_response(self, name: str) -> bool:
+        return False
+
     def fail(self) -> None:
         pass
 
@@ -140,6 +143,15 @@ def until(condition: Any, timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def is_cut_off(connection: socket.socket, content: bytes) -> bool:
+    """Whether nobody takes that any more."""
+    try:
+        connection.sendall(content)
+    except OSError:
+        return True
+    return False
 
 
 def answer_of(connection: socket.socket) -> tuple[int, str]:
@@ -282,6 +294,29 @@ def test_large_bodies_are_read_whole_or_refused(served: Served) -> None:
     assert served.chat().status_code == 200
 
 
+def test_who_is_answered_before_all_was_sent_hears_it(served: Served) -> None:
+    """Most callers send everything before they read: a connection that was closed with
+    something unread is reset, and the answer lost."""
+    body = b"x" * (asgi.MAX_BODY_BYTES + 2**20)
+    with httpx.Client(timeout=30) as client:
+        for path, status in (("/v1/completions", 413), ("/nowhere", 404)) * 5:
+            assert client.post(served.url + path, content=body).status_code == status
+        # It is the same connection, which goes on.
+        assert len(served.server.server_state.connections) == 1
+        assert client.get(f"{served.url}/health").status_code == 200
+
+
+def test_a_body_that_nobody_wants_is_not_read_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "DISCARD_TIMEOUT_S", 0.5)
+    head = b"POST /nowhere HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+    with serving(tmp_path) as served, served.connect() as endless:
+        endless.sendall(head)
+        until(lambda: is_cut_off(endless, b"5\r\nhello\r\n"))
+        assert served.chat().status_code == 200
+
+
 def test_large_bodies_together_are_bounded(tmp_path: Path) -> None:
     with serving(tmp_path, bodies=Bodies(2**20)) as served:
         with served.connect() as slow:
@@ -309,7 +344,8 @@ def test_a_body_that_is_not_the_one_announced(served: Served) -> None:
 def test_a_websocket_is_not_opened(served: Served) -> None:
     headers = {"connection": "upgrade", "upgrade": "websocket"}
     answer = httpx.get(f"{served.url}/v1/realtime", headers=headers)
-    assert answer.status_code == 404
+    assert answer.status_code == 501
+    assert "websockets" in answer.json()["error"]["message"]
 
 
 def test_the_pools_routes_are_as_described(

@@ -17,6 +17,7 @@ from vllm_resident.errors import CommandRejected, RankDiverged
 pytestmark = [pytest.mark.process, pytest.mark.timeout(110)]
 
 ANSWER_S = 5.0
+ADAPTERS = {"one": "/adapters/one", "two": "/adapters/two"}
 
 
 class FakeEngineCore:
@@ -71,6 +72,10 @@ class FakeEngineCore:
 
     def reset_prefix_cache(self, *flags: bool) -> bool:
         self.told.append(("reset_prefix_cache", flags))
+        return True
+
+    def add_lora(self, adapter: Any) -> bool:
+        self.told.append(("add_lora", adapter.lora_name, adapter.lora_path))
         return True
 
     def collective_rpc(self, *args: Any) -> None:
@@ -133,6 +138,12 @@ class Peer:
         self._pull.close(linger=0)
 
 
+def adapter(name: str, number: int, path: str = "") -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, path or ADAPTERS[name])
+
+
 def request(name: str, num_tokens: int, **changes: Any) -> Any:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
@@ -174,6 +185,7 @@ class Engine:
             self.context,
             self.poller,
             self.counts.append,
+            ADAPTERS,
         )
         self.peers: list[Peer] = []
 
@@ -286,6 +298,42 @@ def test_calls_that_change_something_are_made_on_every_rank(engine: Engine) -> N
     assert (answer.call_id, answer.result.result) == (9, True)
     told = [("reset_prefix_cache", (False, True))]
     assert engine.core.told == engine.follower_core.told == told
+
+
+def test_adapters_of_the_engine_are_loaded_on_every_rank(engine: Engine) -> None:
+    peer = engine.peer()
+    peer.call(9, "add_lora", adapter("two", 2))
+    engine.hear()
+    engine.step()
+    answer = peer.outputs().utility_output
+    assert (answer.call_id, answer.result.result) == (9, True)
+    told = [("add_lora", "two", "/adapters/two")]
+    assert engine.core.told == engine.follower_core.told == told
+    peer.add("a", lora_request=adapter("two", 2))
+    engine.hear()
+    engine.step()
+    assert engine.follower_core.clients == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "path"),
+    [
+        ("one", 1, "/etc"),  # no file but those that it was loaded with
+        ("three", 3, "/adapters/one"),
+        ("two", 1, "/adapters/two"),  # the number that another has
+    ],
+)
+def test_other_adapters_are_refused(
+    engine: Engine, name: str, number: int, path: str
+) -> None:
+    peer = engine.peer()
+    peer.call(9, "add_lora", adapter(name, number, path))
+    engine.hear()
+    assert "when it is loaded" in peer.outputs().utility_output.failure_message
+    peer.add("a", lora_request=adapter(name, number, path))
+    engine.hear()
+    assert peer.ended() == [("a", "ERROR")]
+    assert not engine.leader.has_pending
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ ARGS = [
     "model", "max_model_len", "dtype", "tensor_parallel_size",
     "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
 ]  # fmt: skip
+FRONTEND_ARGS = ["chat_template", "tool_call_parser", "lora_modules"]
 # What every engine of these tests has on each rank, in bytes.
 WEIGHTS = 100
 ALICE, BOB = b"\x00alice", b"\x00bob"
@@ -74,6 +75,7 @@ def hello(rank: int, world_size: int, **changes: object) -> Hello:
         "vllm_version": "0",
         "torch_version": "0",
         "engine_arg_names": ARGS,
+        "frontend_arg_names": FRONTEND_ARGS,
         "generations": [],
     }
     return Hello(**(fields | changes))  # type: ignore[arg-type]

@@ -10,11 +10,14 @@ from vllm_resident import CommandRejected, EngineSpec, config
 from vllm_resident.config import (
     CallLimits,
     PoolConfig,
+    adapters,
     engine_arg_names,
     engine_spec,
+    frontend_arg_names,
     read_layout,
     read_pool,
     resolve_model,
+    resolve_paths,
 )
 from vllm_resident.controller.__main__ import demand_of
 from vllm_resident.controller.policy import Limits
@@ -265,6 +268,20 @@ def test_memory_is_bytes_or_text(
         ("[pool]\ndrain_s = -1\n", r"pool\.toml:2: 'drain_s' must be seconds"),
         ("[pool]\ndrain_s = nan\n", r"pool\.toml:2: 'drain_s' must be seconds"),
         ('[models.a]\nmodel = "m"\nranks = []\n', r"pool\.toml:3: .*'ranks' must be"),
+        (
+            '[pool]\ntool_call_parsr = "x"\n',
+            r"pool\.toml:2: unknown key 'tool_call_parsr'.*mean 'tool_call_parser'",
+        ),
+        (
+            '[models.a]\nmodel = "m"\nchat_templat = "x"\n',
+            r"pool\.toml:3: .*unknown key 'chat_templat'.*mean 'chat_template'",
+        ),
+        (
+            '[models.a]\nmodel="m"\nlora_modules=[{name="b"}]\n[models.b]\nmodel="m"\n',
+            r"pool\.toml:3: model 'a': the name 'b' is in use by 'b'",
+        ),
+        ("[pool]\nlora_modules = []\n", r"pool\.toml:2: .*one model's, not the pool"),
+        ("[pool]\nchat_template = 1979-05-27\n", r"pool\.toml:2: .*of type date"),
     ],
 )
 def test_a_mistake_in_a_pool_file_is_told_with_file_line_and_key(
@@ -287,6 +304,7 @@ def test_an_engine_argument_that_vllm_has_not_is_named_where_there_is_a_vllm(
     ):
         read_pool(path)
     monkeypatch.setattr(config, "engine_arg_names", frozenset)
+    monkeypatch.setattr(config, "frontend_arg_names", frozenset)
     assert read_pool(path).models["a"].engine_args == {"enforce_eagre": True}
 
 
@@ -294,6 +312,53 @@ def test_vllms_engine_arguments_are_read_from_its_source() -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("no vLLM is installed")
     assert {"tensor_parallel_size", "enforce_eager", "dtype"} <= engine_arg_names()
+
+
+def test_options_of_vllms_server_are_read_from_its_source() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("no vLLM is installed")
+    names = frontend_arg_names()
+    assert {"chat_template", "tool_call_parser", "lora_modules"} <= names
+    assert not names & engine_arg_names()
+    assert "port" not in names  # the gateway's
+
+
+def test_options_of_vllms_server_are_a_models_or_the_pools(tmp_path: Path) -> None:
+    (tmp_path / "tools.jinja").write_text("{{ messages }}")
+    (tmp_path / "adapter").mkdir()
+    path = pool_file(
+        tmp_path,
+        """
+        [pool]
+        chat-template = "tools.jinja"
+        response_role = "helper"
+
+        [models.a]
+        model = "m"
+        tool_call_parser = "hermes"
+        chat_template = "{{ messages }}"
+        lora_modules = [{name = "b", path = "adapter"}, {name = "c", path = "org/c"}]
+        """,
+    )
+    pool = read_pool(path)
+    template = str(tmp_path / "tools.jinja")
+    assert pool.frontend_args == {"chat_template": template, "response_role": "helper"}
+    given = pool.models["a"].engine_args
+    assert given["tool_call_parser"] == "hermes"
+    assert given["chat_template"] == "{{ messages }}"
+    assert adapters(given) == {"b": str(tmp_path / "adapter"), "c": "org/c"}
+
+
+@pytest.mark.parametrize("modules", [None, 7, "a=b", [7], [{}], [{"name": 7}]])
+def test_adapters_that_are_none(modules: Any) -> None:
+    """vLLM says what is wrong with them."""
+    assert adapters({"lora_modules": modules}) == {}
+    assert resolve_paths({"lora_modules": modules}) == {"lora_modules": modules}
+
+
+def test_a_template_in_one_line_may_be_longer_than_a_path() -> None:
+    template = "x" * 10_000
+    assert resolve_paths({"chat_template": template}) == {"chat_template": template}
 
 
 def test_the_example_pool_file_is_one() -> None:

@@ -55,6 +55,9 @@ class FakePool:
     def __init__(self, **phases: str) -> None:
         self.phases = phases
         self.models: list[str] = []
+        self.adapters: dict[str, str] = {}
+        self.spec_args: dict[str, Any] = {}
+        self.open_error: Exception | None = None
         self.ranks = {name: [0] for name in phases}
         self.calls: list[tuple[Any, ...]] = []
         self.rejections: list[Exception] = []
@@ -104,7 +107,10 @@ class FakePool:
             )
             for name, phase in self.phases.items()
         ]
-        return PoolStatus("p", "ready", 1, 1, 1.0, [], engines, models=self.models)
+        return PoolStatus(
+            "p", "ready", 1, 1, 1.0, [], engines,
+            models=self.models, adapters=self.adapters,
+        )  # fmt: skip
 
     async def totals(self) -> PoolTotals:
         return PoolTotals()
@@ -138,7 +144,7 @@ class FakePool:
             yield FrontendAttached(
                 call=1,
                 generation=self.generation,
-                spec=EngineSpec(engine, "/m"),
+                spec=EngineSpec(engine, "/m", frontend_args=self.spec_args),
                 phase=self.phases[engine],
             )
             await asyncio.Event().wait()
@@ -147,6 +153,7 @@ class FakePool:
 
     def build(self, spec: EngineSpec, into: str, out: str) -> FakeFrontend:
         self.built.append(FakeFrontend(spec.name))
+        self.built[-1].error, self.open_error = self.open_error, None
         return self.built[-1]
 
 
@@ -157,16 +164,22 @@ class FakeFrontend:
         self.name = name
         self.is_closed = False
         self.hold: asyncio.Event | None = None
+        self.responses: set[str] = set()
+        self.error: Exception | None = None
 
     async def open(self) -> None:
-        pass
+        if self.error is not None:
+            raise self.error
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
         if self.hold is not None:
             await self.hold.wait()
-        body = json.loads(message["body"])
+        body = json.loads(message["body"] or b"null")
         await asgi.answer(send, 200, {"by": self.name, "body": body})
+
+    def has_response(self, name: str) -> bool:
+        return name in self.responses
 
     def fail(self) -> None:
         pass
@@ -183,7 +196,7 @@ async def serving(
     routes = PoolRoutes(pool, Keys(operator or ()), Bodies(), is_open=operator is None)  # type: ignore[arg-type]
     there.start()
     try:
-        yield Gateway(pool, there, routes, Keys(keys), Bodies())  # type: ignore[arg-type]
+        yield Gateway(pool, there, routes, Keys(keys), Bodies(), "0.0.1")  # type: ignore[arg-type]
     finally:
         await there.close()
 
@@ -193,6 +206,7 @@ async def call(
     method: str = "POST",
     path: str = "/v1/chat/completions",
     body: bytes | dict[str, Any] = b"",
+    query: bytes = b"",
     **headers: str,
 ) -> tuple[int, Any, dict[str, str]]:
     """Status, JSON document and headers of one request."""
@@ -202,6 +216,7 @@ async def call(
         "type": "http",
         "method": method,
         "path": path,
+        "query_string": query,
         "headers": [(k.encode(), v.encode()) for k, v in fields.items()],
     }
     sent: list[Any] = []
@@ -399,6 +414,90 @@ async def test_one_that_falls_asleep_before_its_frontend_is_there_is_called_agai
         assert [name for name, _ in pool.turns][:2] == ["a", "a"]
         assert pool.turns[1][1] > 0  # what it has waited is not forgotten
         assert len(pool.built) == 1
+
+
+async def test_a_frontend_that_does_not_open_is_closed(tmp_path: Path) -> None:
+    """It holds threads and sockets; the next call tries again."""
+    pool = FakePool(a="ready")
+    pool.open_error = CommandRejected("no adapter")
+    async with serving(pool, tmp_path) as app:
+        status, answer, _ = await call(app, body={"model": "a"})
+        assert (status, "no adapter" in answer["error"]["message"]) == (503, True)
+        assert pool.built[0].is_closed
+        assert pool.watchers == {}
+        assert (await call(app, body={"model": "a"}))[0] == 200
+
+
+async def test_an_adapter_is_called_by_its_name(tmp_path: Path) -> None:
+    """Its model is brought up, whose app knows it by the body's name; on the hot path
+    the pool is not asked whose it is."""
+    pool = FakePool(a="asleep", b="ready")
+    pool.adapters = {"tuned": "a"}
+    pool.spec_args = {"lora_modules": [{"name": "tuned", "path": "/t"}]}
+    async with serving(pool, tmp_path) as app:
+        status, answer, _ = await call(app, body={"model": "tuned"})
+        assert (status, answer["by"]) == (200, "a")
+        assert answer["body"] == {"model": "tuned"}
+        pool.error = PoolUnreachable("no status")
+        assert (await call(app, body={"model": "tuned"}))[1]["by"] == "a"
+        pool.error = None
+        _, cards, _ = await call(app, "GET", "/v1/models")
+        assert [card["id"] for card in cards["data"]] == ["a", "b", "tuned"]
+        _, card, _ = await call(app, "GET", "/v1/models/tuned")
+        assert (card["parent"], card["state"]) == ("a", "ready")
+
+
+async def test_a_response_is_found_where_it_is_kept(tmp_path: Path) -> None:
+    """Without its model's name, and without bringing the model up."""
+    pool = FakePool(a="ready", b="ready")
+    pool.ranks["b"] = [1]
+    async with serving(pool, tmp_path) as app:
+        for name in ("a", "b"):
+            await call(app, body={"model": name})
+        pool.built[1].responses.add("resp_1")
+        turns = len(pool.turns)
+        pool.turn("b", "asleep")
+        for method, path in (("GET", ""), ("POST", "/cancel")):
+            status, answer, _ = await call(app, method, f"/v1/responses/resp_1{path}")
+            assert (status, answer["by"]) == (200, "b")
+        assert len(pool.turns) == turns
+        assert (await call(app, "GET", "/v1/responses/resp_2"))[0] == 404
+
+
+async def test_what_has_no_body_names_its_model_in_the_query(tmp_path: Path) -> None:
+    pool = FakePool(a="ready", b="ready")
+    async with serving(pool, tmp_path) as app:
+        status, answer, _ = await call(app, "GET", "/load", query=b"x=1&model=b")
+        assert (status, answer["by"]) == (200, "b")
+        status, answer, _ = await call(app, "GET", "/load")
+        assert (status, answer["error"]["param"]) == (400, "model")
+        assert (await call(app, "GET", "/load", query=b"model=nobody"))[0] == 404
+        # A body goes before it.
+        body = {"model": "a"}
+        assert (await call(app, body=body, query=b"model=b"))[1]["by"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/chat/completion", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/wake_up", 501),
+    ],
+)
+async def test_a_path_that_leads_nowhere_brings_no_model_up(
+    tmp_path: Path, method: str, path: str, status: int
+) -> None:
+    pool = FakePool(a="asleep")
+    async with serving(pool, tmp_path) as app:
+        answered, answer, _ = await call(app, method, path, {"model": "a"})
+        assert (answered, answer["error"]["code"]) == (status, status)
+        assert pool.turns == []
+
+
+async def test_the_version_is_vllms(tmp_path: Path) -> None:
+    async with serving(FakePool(), tmp_path, keys=("k",)) as app:
+        assert (await call(app, "GET", "/version"))[1] == {"version": "0.0.1"}
 
 
 async def test_an_unknown_model_is_404(tmp_path: Path) -> None:

@@ -652,6 +652,20 @@ def test_apply_replaces_an_engine_of_the_same_name():
         ([spec("a", [0]), spec("b", [0])], "rank 0 is asked for by 'a'"),
         ([spec("b", 3), spec("c", 2)], "needs 2"),
         ([spec("b", nonsense=1)], "no engine argument"),
+        ([spec("b", chat_templat="x")], "did you mean chat_template?"),
+        ([spec("b", api_key="x")], "it is the gateway's"),
+        (
+            [spec("b", lora_modules=[{"name": "x"}]), spec("x", [2])],
+            "the name 'x' is in use by engine 'x'",
+        ),
+        (
+            [
+                spec("b", lora_modules=[{"name": "x"}]),
+                spec("c", [2], lora_modules=[{"name": "x"}]),
+            ],
+            "the name 'x' is in use by engine 'b'",
+        ),
+        ([spec("b", lora_modules=[{"name": "b"}])], "the name 'b' is in use"),
     ],
 )
 def test_rejected_layout_changes_nothing(wanted, says):
@@ -661,6 +675,35 @@ def test_rejected_layout_changes_nothing(wanted, says):
     harness.apply(*wanted)
     assert says in harness.error().message
     assert harness.state == before
+
+
+def test_options_of_the_server_are_told_from_engine_arguments():
+    """For the ranks to check and the gateway to use; what the pool says of all models
+    is every model's that does not say otherwise."""
+    harness = Harness()
+    harness.state.frontend_args = {"chat_template": "all", "tool_call_parser": "x"}
+    harness.load(spec("a", [0], max_model_len=9, tool_call_parser="hermes"))
+    ((_, prepare),) = harness.to_ranks(PrepareEngine)
+    assert prepare.engine_args == {"max_model_len": 9, "tensor_parallel_size": 1}
+    wanted = {"chat_template": "all", "tool_call_parser": "hermes"}
+    assert prepare.frontend_args == wanted
+    harness.answer_all()
+    assert harness.row("a").engine_args.items() >= wanted.items()
+    # The same again is the same; another template is another engine.
+    harness.apply(spec("a", [0], max_model_len=9, tool_call_parser="hermes"))
+    assert harness.row("a").generation == 1
+    harness.apply(spec("a", [0], max_model_len=9, chat_template="mine"))
+    harness.answer_all()
+    assert harness.row("a").generation == 2
+
+
+def test_a_name_that_an_adapter_has_is_taken():
+    harness = Harness()
+    harness.state.models = {"m": spec("m", lora_modules=[{"name": "of-m"}])}
+    harness.load_ready(spec("a", [0], lora_modules=[{"name": "of-a", "path": "/x"}]))
+    assert harness.status().adapters == {"of-a": "a", "of-m": "m"}
+    harness.load(spec("of-a", [1]))
+    assert "in use by engine 'of-a'" in harness.error().message
 
 
 def test_layout_with_an_engine_that_cannot_be_configured_changes_nothing():

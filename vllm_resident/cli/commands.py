@@ -99,7 +99,7 @@ def _engine_args(options: dict[str, Any]) -> dict[str, Any]:
             raise CommandRejected(
                 f"--{name.replace('_', '-')} is not an engine argument"
             )
-    return options
+    return config.resolve_paths(options)
 
 
 def _unload(client: Client, arguments: argparse.Namespace, output: Output) -> int:

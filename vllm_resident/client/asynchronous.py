@@ -115,7 +115,8 @@ class AsyncClient:
 
         Without `model`, the one that pool.toml declares under the name. `ranks` are
         global ranks, or how many the pool shall pick; by default as many as the
-        parallel sizes need. `engine_args` are vLLM's `EngineArgs` by name. A relative
+        parallel sizes need. `engine_args` are vLLM's `EngineArgs` by name, and its
+        server's options (`chat_template`, `tool_call_parser`, ...). A relative
         `model` that exists here is passed on as an absolute path. With `asleep` it is
         left at sleep level 1; a `pinned` engine never makes room for another one.
         `on_progress` is called on the event loop at each phase and about once a second;
@@ -125,7 +126,12 @@ class AsyncClient:
         has given back what it had built).
         """
         spec = EngineSpec(
-            name, config.resolve_model(model), ranks, engine_args, asleep, pinned
+            name,
+            config.resolve_model(model),
+            ranks,
+            config.resolve_paths(engine_args),
+            asleep,
+            pinned,
         )
         timeout_s = self._default(timeout_s)
         command = LoadEngine(

@@ -168,6 +168,7 @@ def serve(options: argparse.Namespace) -> int:
     state.host_memory_bytes = config.host_memory_bytes
     state.device_memory_bytes = config.device_memory_bytes
     state.awake_per_rank = config.awake_per_rank
+    state.frontend_args = config.frontend_args
     state.demand = demand_of(config)
     state.has_key = key is not None
     service = Service(pool, endpoint, Journal(directory), options.owner_pid, key)

@@ -6,10 +6,11 @@ A command is checked wholly before anything changes: each function here either r
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import msgspec
 
+from vllm_resident.config import adapters
 from vllm_resident.controller import engines, memory, planner, switches
 from vllm_resident.controller.planner import Placement, RankView, Resident
 from vllm_resident.controller.state import (
@@ -21,7 +22,12 @@ from vllm_resident.controller.state import (
     RankPhase,
     Switch,
 )
-from vllm_resident.controller.validation import check_drain, check_level, check_spec
+from vllm_resident.controller.validation import (
+    check_drain,
+    check_level,
+    check_spec,
+    with_frontend_args,
+)
 from vllm_resident.errors import CommandRejected
 from vllm_resident.messages import (
     ApplyLayout,
@@ -105,6 +111,7 @@ def apply(
 ) -> None:
     check_drain(command.drain_s)
     wanted = [checked(state, spec) for spec in command.engines]
+    _check_adapters(wanted, ())
     for engine in state.engines.values():
         _check_steady(state, engine)
     current = {engine.name: engine for engine in state.engines.values()}
@@ -301,8 +308,10 @@ def checked(state: PoolState, spec: EngineSpec) -> EngineSpec:
         raise CommandRejected(
             f"pool {state.name!r} is starting: no rank has said hello yet"
         )
-    spec = declared(state, spec)
-    check_spec(spec, _known_args(state))
+    spec = with_frontend_args(
+        declared(state, spec), _known_frontend_args(state), state.frontend_args
+    )
+    check_spec(spec, _known_args(state), _known_frontend_args(state))
     return planner.complete(spec)
 
 
@@ -321,6 +330,7 @@ def declared(state: PoolState, spec: EngineSpec) -> EngineSpec:
         known,
         ranks=known.ranks if spec.ranks is None else spec.ranks,
         engine_args={**known.engine_args, **spec.engine_args},
+        frontend_args={**known.frontend_args, **spec.frontend_args},
         asleep=spec.asleep,
         pinned=known.pinned or spec.pinned,
     )
@@ -332,7 +342,27 @@ def _known_args(state: PoolState) -> Collection[str]:
     return set.intersection(*names) if names else ()
 
 
+def _known_frontend_args(state: PoolState) -> Collection[str]:
+    names = [set(r.hello.frontend_arg_names) for r in state.ranks.values() if r.hello]
+    return set.intersection(*names) if names else ()
+
+
+def _check_adapters(wanted: Sequence[EngineSpec], there: Sequence[EngineSpec]) -> None:
+    """A request's `model` may name an adapter: each name is one model's."""
+    everyone = {spec.name: spec for spec in (*there, *wanted)}.values()
+    owners = {spec.name: spec.name for spec in everyone}
+    for spec in everyone:
+        for adapter in adapters(spec.frontend_args):
+            owner = owners.setdefault(adapter, spec.name)
+            if owner != spec.name or adapter == spec.name:
+                raise CommandRejected(
+                    f"engine {spec.name!r}: lora_modules: the name {adapter!r} is in "
+                    f"use by engine {owner!r}: give the adapter another"
+                )
+
+
 def _check_unused(state: PoolState, spec: EngineSpec) -> None:
+    _check_adapters([spec], [engine.spec for engine in state.engines.values()])
     if existing := state.engine_named(spec.name):
         raise CommandRejected(
             f"engine name {spec.name!r} is in use ({existing.phase.value}): unload it "

@@ -97,6 +97,7 @@ def prepare(
                 model=spec.model,
                 engine_args=spec.engine_args,
                 ranks=ranks,
+                frontend_args=spec.frontend_args,
             ),
         )
     return engine

@@ -171,8 +171,8 @@ def plan_layout(
 ) -> LayoutPlan:
     """Turn `current` into `wanted` (completed specs) with the least change.
 
-    An engine is kept where it is when name, model, engine_args and, if listed, ranks
-    are as asked; kept engines never move, but may be woken or put to sleep. `views`
+    An engine is kept where it is when name, model, arguments and, if listed, ranks are
+    as asked; kept engines never move, but may be woken or put to sleep. `views`
     hold the obstacles that remain when every engine of `current` is gone. Engines that
     are to sleep need no room. Listed ranks are given out before counted ones, larger
     engines before smaller.
@@ -293,6 +293,7 @@ def _is_as_asked(existing: Placement, wanted: EngineSpec) -> bool:
     return (
         existing.spec.model == wanted.model
         and _args(existing.spec) == _args(wanted)
+        and existing.spec.frontend_args == wanted.frontend_args
         and (not isinstance(wanted.ranks, list) or existing.ranks == wanted.ranks)
     )
 

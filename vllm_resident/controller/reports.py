@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from vllm_resident.config import adapters
 from vllm_resident.controller.state import (
     ENGINE_MOVING,
     Engine,
@@ -168,6 +169,7 @@ def pool_status(state: PoolState, now: float) -> PoolStatus:
         models=sorted(state.models),
         waiting=state.demand.num_waiting(),
         switches=[switch_status(state, each, now) for each in state.switches],
+        adapters=_adapters(state),
     )
 
 
@@ -230,6 +232,21 @@ def _learned_s(state: PoolState, move: Move) -> float | None:
     return known.move_s.get(kind) if known else None
 
 
+def _adapters(state: PoolState) -> dict[str, str]:
+    """Whose each LoRA adapter is."""
+    declared = {
+        adapter: name
+        for name, spec in state.models.items()
+        for adapter in adapters({**spec.engine_args, **spec.frontend_args})
+    }
+    loaded = {
+        adapter: engine.name
+        for engine in state.engines.values()
+        for adapter in adapters(engine.spec.frontend_args)
+    }
+    return {**declared, **loaded}
+
+
 def _rank_status(state: PoolState, rank: Rank) -> RankStatus:
     gauges = rank.gauges or _NO_GAUGES
     # A rank that still gives up what it held before is not there for the caller yet.
@@ -273,7 +290,7 @@ def _engine_status(state: PoolState, engine: Engine, now: float) -> EngineStatus
         phase=engine.phase.value,
         generation=engine.generation,
         ranks=engine.ranks,
-        engine_args=engine.spec.engine_args,
+        engine_args={**engine.spec.engine_args, **engine.spec.frontend_args},
         num_requests=num_requests,
         progress=engine.progress[-1] if is_moving and engine.progress else "",
         error=engine.error.message if engine.error else "",

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_resident.controller.effects import (
     Effect,
@@ -402,6 +402,8 @@ class PoolState:
     frontends: dict[int, Frontend] = field(default_factory=dict)
     # What pool.toml declares (`commands.declared`), and what it allows (`memory.py`).
     models: dict[str, EngineSpec] = field(default_factory=dict)
+    # vLLM's server options of all models that do not say otherwise.
+    frontend_args: dict[str, Any] = field(default_factory=dict)
     host_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
     awake_per_rank: int = 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
+
+import msgspec
 
 from vllm_resident.controller.planner import PARALLEL_SIZES
 from vllm_resident.errors import CommandRejected
@@ -24,6 +26,10 @@ _OWN_ARGS = {
     "master_addr": "the pool forms the engine's world over its own store",
     "master_port": "the pool forms the engine's world over its own store",
     "worker_cls": "the pool brings its own worker",
+    **dict.fromkeys(
+        ("host", "port", "api_key", "root_path", "uds", "middleware"),
+        "it is the gateway's, which is one for all models",
+    ),
 }
 
 
@@ -44,10 +50,29 @@ def check_level(level: int) -> None:
         )
 
 
-def check_spec(spec: EngineSpec, known_args: Collection[str]) -> None:
+def with_frontend_args(
+    spec: EngineSpec, known: Collection[str], defaults: Mapping[str, Any]
+) -> EngineSpec:
+    """The spec with the options of vLLM's server, whose names are `known`, told from
+    its engine arguments; `defaults` are those of all models."""
+    args = spec.engine_args
+    own = {name: value for name, value in args.items() if name in known}
+    return msgspec.structs.replace(
+        spec,
+        engine_args={name: value for name, value in args.items() if name not in own},
+        frontend_args={**defaults, **spec.frontend_args, **own},
+    )
+
+
+def check_spec(
+    spec: EngineSpec,
+    known_args: Collection[str],
+    known_frontend_args: Collection[str] = (),
+) -> None:
     """Everything about one spec that does not depend on the other engines.
 
-    `known_args` are the engine arguments the pool's vLLM takes.
+    `known_args` are the engine arguments the pool's vLLM takes, and
+    `known_frontend_args` its server's options.
     """
     if not _NAME.fullmatch(spec.name):
         raise CommandRejected(
@@ -60,8 +85,8 @@ def check_spec(spec: EngineSpec, known_args: Collection[str]) -> None:
         raise CommandRejected(
             f"engine {spec.name!r} names no model: give a folder or a model id"
         )
-    for name in spec.engine_args:
-        _check_arg_name(spec.name, name, known_args)
+    for name in (*spec.engine_args, *spec.frontend_args):
+        _check_arg_name(spec.name, name, (*known_args, *known_frontend_args))
     for name in PARALLEL_SIZES:
         _check_parallel_size(spec, name)
 

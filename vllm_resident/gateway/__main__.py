@@ -160,7 +160,7 @@ async def _serve(
     directory: Path,
     key: PoolKey | None,
 ) -> int:
-    from vllm_resident.gateway.frontend import VllmFrontend
+    from vllm_resident.gateway.frontend import VLLM_VERSION, VllmFrontend
 
     # The imports' 600,000 objects stay: a collection that looks through them holds
     # every stream up for a quarter of a second.
@@ -181,7 +181,14 @@ async def _serve(
         pool_routes = PoolRoutes(
             client, Keys(options.operator_key), bodies, is_open=is_loopback(host)
         )
-        app = Gateway(client, residents, pool_routes, Keys(options.api_key), bodies)
+        app = Gateway(
+            client,
+            residents,
+            pool_routes,
+            Keys(options.api_key),
+            bodies,
+            VLLM_VERSION,
+        )
         server = Server(
             uvicorn.Config(
                 app,

@@ -13,8 +13,9 @@ import time
 from typing import Any
 
 from vllm_resident.client import AsyncClient
+from vllm_resident.config import adapters
 from vllm_resident.errors import ResidentError
-from vllm_resident.gateway import asgi, metrics, problems, status_page
+from vllm_resident.gateway import asgi, metrics, problems, routes, status_page
 from vllm_resident.gateway.asgi import (
     Bodies,
     Disconnected,
@@ -26,18 +27,20 @@ from vllm_resident.gateway.asgi import (
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.problems import Problem
 from vllm_resident.gateway.residents import Residents, known_models
+from vllm_resident.gateway.routes import Who
 from vllm_resident.messages import EngineStatus, PoolStatus
 
 log = logging.getLogger("vllm_resident.gateway")
 
 # Open to everybody, as in vLLM's server: nothing of a request or an answer shows here.
-_OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
+_OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
 # Who scrapes waits ten seconds; a pool that does not answer is a fact, too.
 METRICS_TIMEOUT_S = 3.0
 
 
 class Gateway:
-    """One ASGI app for all models of a pool. `keys` open inference."""
+    """One ASGI app for all models of a pool. `keys` open inference; `version` is
+    vLLM's."""
 
     def __init__(
         self,
@@ -46,12 +49,14 @@ class Gateway:
         pool_routes: PoolRoutes,
         keys: Keys,
         bodies: Bodies,
+        version: str = "",
     ) -> None:
         self._client = client
         self._residents = residents
         self._pool_routes = pool_routes
         self._keys = keys
         self._bodies = bodies
+        self._version = version
         self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,24 +91,41 @@ class Gateway:
             return
         if path not in _OPEN_PATHS:
             self._keys.check(scope)
+        match routes.who_answers(method, path):
+            case Who.GATEWAY:
+                await self._answer_itself(path, send)
+            case Who.RESPONSE:
+                await self._of_response(routes.response_id(path), scope, receive, send)
+            case Who.MODEL:
+                await self._infer(scope, receive, send)
+
+    async def _answer_itself(self, path: str, send: Send) -> None:
         if path in ("/health", "/ping"):
             await self._health(send)
         elif path == "/metrics":
             await self._metrics(send)
-        elif path == "/v1/models" and method == "GET":
+        elif path == "/version":
+            await asgi.answer(send, 200, {"version": self._version})
+        elif path == "/v1/models":
             status = await self._status()
-            cards = [self._card(status, name) for name in known_models(status)]
+            cards = [self._card(status, name) for name in _served_names(status)]
             await asgi.answer(send, 200, {"object": "list", "data": cards})
-        elif path.startswith("/v1/models/") and method == "GET":
-            await self._one_model(path.removeprefix("/v1/models/"), send)
-        elif method == "POST":
-            await self._infer(scope, receive, send)
         else:
-            raise Problem(404, f"no route {method} {path}")
+            await self._one_model(path.removeprefix("/v1/models/"), send)
+
+    async def _of_response(
+        self, name: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Of a response that is kept by the app that made it: no engine is needed."""
+        app = self._residents.app_with_response(name)
+        if app is None:
+            raise Problem(404, f"no response {name!r} is kept here")
+        async with self._bodies.read(scope, receive) as body:
+            await app(scope, asgi.replayed(body, receive), send)
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._bodies.read(scope, receive) as body:
-            name = await self._model_named(scope, body)
+            name = await self._engine_of(await self._model_named(scope, body))
             gone = asyncio.ensure_future(asgi.gone(receive))
             try:
                 async with self._residents.serving(name, gone) as app:
@@ -122,7 +144,15 @@ class Gateway:
             raise Problem(
                 415, "the model is read from a JSON body: forms are not served"
             )
-        return asgi.model_named(body) or await self._only_model()
+        named = asgi.model_named(body) if body or scope["method"] == "POST" else None
+        return named or asgi.query(scope, "model") or await self._only_model()
+
+    async def _engine_of(self, name: str) -> str:
+        """Whose the name is: a model's own, or an adapter's of it."""
+        engine = self._residents.engine_of(name)
+        if engine is None:
+            engine = (await self._status()).adapters.get(name, name)
+        return engine
 
     async def _only_model(self) -> str:
         """What is meant by a request that names none: there is but one."""
@@ -152,8 +182,8 @@ class Gateway:
 
     async def _one_model(self, name: str, send: Send) -> None:
         status = await self._status()
-        if name not in known_models(status):
-            raise problems.unknown_model(name, known_models(status))
+        if name not in _served_names(status):
+            raise problems.unknown_model(name, _served_names(status))
         await asgi.answer(send, 200, self._card(status, name))
 
     async def _status(self) -> PoolStatus:
@@ -163,21 +193,32 @@ class Gateway:
             raise problems.unavailable(error.message) from error
 
     def _card(self, status: PoolStatus, name: str) -> dict[str, Any]:
-        """A model as OpenAI's API shows it, and beside that its state here."""
-        engine = next((e for e in status.engines if e.name == name), None)
+        """A model, or an adapter of one, as OpenAI's API shows it, and beside that its
+        state here."""
+        is_own = name in known_models(status)
+        parent = name if is_own else status.adapters[name]
+        engine = next((e for e in status.engines if e.name == parent), None)
+        root = engine.model if engine else None
+        if engine and not is_own:
+            root = adapters(engine.engine_args).get(name)
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "vllm",
-            "root": engine.model if engine else None,
-            "parent": None,
+            "root": root,
+            "parent": None if is_own else parent,
             "max_model_len": engine.engine_args.get("max_model_len")
             if engine
             else None,
             "permission": [],
             **_state(engine),
         }
+
+
+def _served_names(status: PoolStatus) -> list[str]:
+    """What a request may name: models, and the adapters they were given."""
+    return sorted({*known_models(status), *status.adapters})
 
 
 def _state(engine: EngineStatus | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -102,9 +103,9 @@ class Bodies:
 
 
 def _too_large() -> Problem:
-    # What is still to come is not read: the connection ends with the answer.
+    # Not closed with the answer: what still comes would reset it (`connections.py`).
     limit = MAX_BODY_BYTES // 2**20
-    return Problem(413, f"the body is larger than {limit} MiB", headers=CLOSE)
+    return Problem(413, f"the body is larger than {limit} MiB")
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
@@ -134,6 +135,12 @@ def header(scope: Scope, name: bytes) -> str:
         if key == name:
             return bytes(value).decode("latin-1")
     return ""
+
+
+def query(scope: Scope, name: str) -> str:
+    """The first value of that name in the query, or nothing."""
+    text = scope.get("query_string", b"").decode("latin-1")
+    return dict(reversed(parse_qsl(text))).get(name, "")
 
 
 async def answer(

@@ -25,6 +25,8 @@ MAX_HEADERS = 128
 HEAD_TIMEOUT_S = 20.0
 # Nor one that reads so little of its answer: its request is aborted.
 STALL_TIMEOUT_S = 60.0
+# What still comes of a request that was answered is read and dropped for so long.
+DISCARD_TIMEOUT_S = 20.0
 # How long a caller that was refused may take to notice.
 LINGER_S = 1.0
 MAX_CONNECTIONS = 4096
@@ -122,13 +124,17 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._stop_timer("discard")
         if not self._is_refused:
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        is_unread = self.cycle.more_body
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self._crowd.idle[self] = None
+            if is_unread:
+                self._start_timer("discard", DISCARD_TIMEOUT_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()

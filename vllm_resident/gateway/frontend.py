@@ -10,33 +10,47 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import vllm
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.parser import metrics as parser_metrics
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from vllm_resident.errors import CommandRejected
 from vllm_resident.gateway import metrics
-from vllm_resident.gateway.asgi import App
+from vllm_resident.gateway.asgi import App, Receive, Scope, Send
 from vllm_resident.messages import EngineSpec
 from vllm_resident.rank.engine import configure
+from vllm_resident.rank.server_options import server_arguments
 
 try:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 except ImportError:  # vLLM 0.23.0
     from vllm.entrypoints.openai.api_server import build_app, init_app_state
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
 
+VLLM_VERSION: str = vllm.__version__
 # Its engine has answered before it is built; what is left is one call.
 OPEN_TIMEOUT_S = 60.0
+
+
+# The model whose app has the request of this task.
+_serving: ContextVar[str] = ContextVar("serving", default="")
+
+
+class _NameOfServing:
+    """A label's value, of which Prometheus takes the text."""
+
+    def __str__(self) -> str:
+        return _serving.get()
 
 
 class VllmFrontend:
@@ -53,7 +67,7 @@ class VllmFrontend:
         self._llm = llm
         self._arguments = arguments
         self._registry = registry
-        self._app: App | None = None
+        self._fastapi: FastAPI | None = None
 
     @classmethod
     def build(
@@ -77,6 +91,9 @@ class VllmFrontend:
             raise CommandRejected(
                 f"engine {spec.name!r} is data-parallel, which is not served over HTTP"
             )
+        arguments = server_arguments(
+            spec.model, config, spec.engine_args, spec.frontend_args
+        )
         registry = CollectorRegistry()
         llm = AsyncLLM.from_vllm_config(
             config,
@@ -87,12 +104,7 @@ class VllmFrontend:
                 "output_address": output_address,
             },
         )
-        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-        for name, value in spec.engine_args.items():
-            setattr(arguments, name, value)
-        arguments.model = spec.model
         arguments.served_model_name = [spec.name]
-        arguments.structured_outputs_config = config.structured_outputs_config
         arguments.api_key = list(api_keys) or None
         # There are many of them behind one address: none describes it.
         arguments.disable_fastapi_docs = True
@@ -100,19 +112,48 @@ class VllmFrontend:
         return cls(spec.name, llm, arguments, registry)
 
     async def open(self) -> None:
-        """Make its app; raises `TimeoutError` where the leader does not answer."""
-        async with asyncio.timeout(OPEN_TIMEOUT_S):
-            tasks = tuple(await self._llm.get_supported_tasks())
-            app = build_app(self._arguments, tasks, self._llm.model_config)
-            await init_app_state(self._llm, app.state, self._arguments, tasks)
+        """Make its app; raises `CommandRejected` where that cannot be now: the leader
+        does not answer, or gives no adapter because the engine has fallen asleep."""
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                tasks = tuple(await self._llm.get_supported_tasks())
+                app = build_app(self._arguments, tasks, self._llm.model_config)
+                await init_app_state(self._llm, app.state, self._arguments, tasks)
+        except TimeoutError as error:
+            raise CommandRejected("its leader does not answer") from error
+        except ValueError as error:
+            raise CommandRejected(f"vLLM's server did not start: {error}") from error
         # vLLM's handler of a dead engine tells its server to exit: there is none here.
         app.state.server = SimpleNamespace(should_exit=False)
-        self._app = app
+        if not self._arguments.enable_tokenizer_info_endpoint:
+            # Once an app has had it, vLLM gives it to all (0.32.0, serve/tokenize/
+            # api_router.py: a router of the module's).
+            app.router.routes[:] = [
+                route
+                for route in app.router.routes
+                if getattr(route, "path", "") != "/tokenizer_info"
+            ]
+        if self._arguments.tool_call_parser:
+            # The label of what is counted, which vLLM keeps one of in a process.
+            parser_metrics._model_name = cast("str", _NameOfServing())
+        self._fastapi = app
 
     @property
     def app(self) -> App:
-        assert self._app is not None
-        return self._app
+        assert self._fastapi is not None
+        return self._serve
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self._fastapi is not None
+        _serving.set(self._name)
+        await self._fastapi(scope, receive, send)
+
+    def has_response(self, name: str) -> bool:
+        """Whether its app keeps that response; it does where vLLM is told to
+        (VLLM_ENABLE_RESPONSES_API_STORE)."""
+        assert self._fastapi is not None
+        serving = getattr(self._fastapi.state, "openai_serving_responses", None)
+        return serving is not None and name in serving.response_store
 
     def fail(self) -> None:
         """End what still runs: the engine is gone, and nobody else would tell."""

@@ -34,6 +34,7 @@ _TYPES = {
     415: "BadRequestError",
     431: "BadRequestError",
     500: "InternalServerError",
+    501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vllm_resident import transport
+from vllm_resident.config import adapters
 from vllm_resident.errors import PoolUnreachable, ResidentError
 from vllm_resident.gateway import problems
 from vllm_resident.gateway.asgi import App, Disconnected
@@ -55,6 +56,8 @@ class Frontend(Protocol):
     @property
     def app(self) -> App: ...
 
+    def has_response(self, name: str) -> bool: ...
+
     async def open(self) -> None: ...
 
     def fail(self) -> None: ...
@@ -80,6 +83,8 @@ class Served:
     phase: str = ""
     generation: int = 0
     frontend: Frontend | None = None
+    # Other names it is called by: those of its adapters.
+    adapters: frozenset[str] = frozenset()
     attachment: asyncio.Task[None] | None = None
     attaching: asyncio.Task[None] | None = None
     num_waiting: int = 0
@@ -147,6 +152,20 @@ class Residents:
     def counts(self) -> dict[str, tuple[int, int]]:
         """By model: requests that wait for it, and that are with it."""
         return {s.name: (s.num_waiting, s.num_in_flight) for s in self._served.values()}
+
+    def engine_of(self, name: str) -> str | None:
+        """Whose the name is, among the models that have a frontend."""
+        there = [s for s in self._served.values() if s.frontend is not None]
+        if any(served.name == name for served in there):
+            return name
+        return next((s.name for s in there if name in s.adapters), None)
+
+    def app_with_response(self, name: str) -> App | None:
+        """The app that keeps that response (of OpenAI's Responses API)."""
+        for served in self._served.values():
+            if served.frontend is not None and served.frontend.has_response(name):
+                return served.frontend.app
+        return None
 
     @asynccontextmanager
     async def serving(
@@ -284,7 +303,7 @@ class Residents:
             began = time.monotonic()
             async with self._building:
                 frontend = await asyncio.to_thread(self._build, reply.spec, into, out)
-            await frontend.open()
+            await _opened(frontend)
         except BaseException:
             # Cancelled too: nobody else knows of the attachment.
             await self._release(served)
@@ -295,6 +314,7 @@ class Residents:
                 path.unlink(missing_ok=True)
         served.frontend = frontend
         served.generation = reply.generation
+        served.adapters = frozenset(adapters(reply.spec.frontend_args))
         log.info(
             "event=frontend_built model=%s generation=%d seconds=%.3f",
             served.name, reply.generation, time.monotonic() - began,
@@ -374,6 +394,15 @@ def known_models(status: PoolStatus) -> list[str]:
     """What a request may name: engines that are there, and declared models."""
     there = {engine.name for engine in status.engines}
     return sorted(there | set(status.models))
+
+
+async def _opened(frontend: Frontend) -> None:
+    try:
+        await frontend.open()
+    except BaseException:
+        # Cancelled too: nobody else knows of it.
+        frontend.close()
+        raise
 
 
 async def _unless(gone: asyncio.Future[None], waiting: Coroutine[Any, Any, T]) -> T:

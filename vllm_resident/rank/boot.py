@@ -15,6 +15,7 @@ import vllm
 from vllm.platforms import current_platform
 
 from vllm_resident import shm
+from vllm_resident.config import frontend_arg_names
 from vllm_resident.keys import PoolKey
 from vllm_resident.messages import PROTOCOL_VERSION, Hello, RankGauges
 from vllm_resident.rank import ledger, supervisor
@@ -46,7 +47,7 @@ def boot(
     owner = shm.owner_token(supervisor.launcher_pid())
     world_size = int(os.environ["WORLD_SIZE"])
     incarnation = supervisor.incarnation()
-    names = engine_arg_names()
+    names, server_options = engine_arg_names(), sorted(frontend_arg_names())
     store = connect_store(store_timeout_s)
 
     def gauges() -> RankGauges:
@@ -68,6 +69,7 @@ def boot(
             torch_version=str(torch.__version__),
             engine_arg_names=names,
             generations=loop.generations(),
+            frontend_arg_names=server_options,
         )
 
     control = Control(rank, incarnation, endpoint, hello, gauges, key)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import zmq
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -30,7 +31,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from vllm_resident.errors import CommandRejected, ProtocolError
 from vllm_resident.keys import PoolKey
-from vllm_resident.rank.lockstep import SHARED_UTILITIES, Leader
+from vllm_resident.rank.lockstep import SHARED_UTILITIES, Leader, adapter_of
 from vllm_resident.rank.versions import ready_response
 from vllm_resident.transport import connect, open_socket
 
@@ -71,7 +72,9 @@ class Frontends:
     Each has a client index of its own, its number, which is never 0: that is the pool
     itself. `on_count` hears how many requests there are, at once when it changes from
     or to 0. Sockets are registered with `poller`, so that a rank at rest sleeps. Over
-    TCP a frontend must hold the pool's `key`, if it has one.
+    TCP a frontend must hold the pool's `key`, if it has one. `adapters` are the LoRA
+    adapters that the engine was loaded with, paths by name: a frontend may have these
+    read and no other file.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Frontends:
         context: zmq.Context[Any],
         poller: zmq.Poller,
         on_count: Callable[[int], None],
+        adapters: Mapping[str, str] | None = None,
         key: PoolKey | None = None,
     ) -> None:
         self._core = core
@@ -89,6 +93,11 @@ class Frontends:
         self._poller = poller
         self._on_count = on_count
         self._key = key
+        # With the number that vLLM's server gives each (0.32.0, init_static_loras).
+        self._adapters = {
+            name: (path, number)
+            for number, (name, path) in enumerate((adapters or {}).items(), 1)
+        }
         self._frontends: dict[int, _Frontend] = {}
         self._encoder = MsgpackEncoder()
         self._requests = MsgpackDecoder(EngineCoreRequest)
@@ -254,10 +263,16 @@ class Frontends:
             return "its id is in use"
         if request.resumable:
             return "input that comes in pieces is not supported"
+        if (adapter := request.lora_request) and not self._is_ours(adapter):
+            return f"the engine was loaded without adapter {adapter.lora_name!r}"
         limit = self._core.vllm_config.model_config.max_model_len
         if len(request.prompt_token_ids or ()) > limit:
             return f"it is longer than {limit} tokens"
         return ""
+
+    def _is_ours(self, adapter: LoRARequest) -> bool:
+        given = adapter.lora_path, adapter.lora_int_id
+        return self._adapters.get(adapter.lora_name) == given
 
     def _admit(self, frontend: _Frontend, request: EngineCoreRequest) -> None:
         request.client_index = frontend.number
@@ -279,7 +294,7 @@ class Frontends:
             answer = UtilityOutput(call_id)
             answer.result = UtilityResult(getattr(self._core, method)())
             self._answer(frontend, answer)
-        elif method in SHARED_UTILITIES and not hold and _are_flags(args):
+        elif method in SHARED_UTILITIES and not hold and self._may_share(method, args):
             self._leader.share_utility(frontend.number, call_id, method, list(args))
         else:
             log.warning(
@@ -287,11 +302,21 @@ class Frontends:
                 frontend.number, str(method)[:80],
             )  # fmt: skip
             why = f"{str(method)[:80]!r} is not served by an engine of a pool"
-            if method in SHARED_UTILITIES:
+            if method == "add_lora" and not hold:
+                why = "adapters are given to an engine when it is loaded (lora_modules)"
+            elif method in SHARED_UTILITIES:
                 why = f"{method!r} is not possible now: the engine sleeps"
             elif method in ("sleep", "wake_up"):
                 why = f"{method!r} is the pool's to do: command it"
             self._answer(frontend, UtilityOutput(call_id, failure_message=why))
+
+    def _may_share(self, method: str, args: Any) -> bool:
+        """Whether the arguments are such as cannot do harm."""
+        if not isinstance(args, list | tuple):
+            return False
+        if method == "add_lora":
+            return len(args) == 1 and self._is_ours(adapter_of(args[0]))
+        return all(isinstance(each, bool) for each in args)
 
     # ------------------------------------------------------------ what goes out
 
@@ -331,7 +356,3 @@ class Frontends:
         self._poller.unregister(frontend.input)
         frontend.input.close()
         frontend.output.close(linger=LINGER_MS)
-
-
-def _are_flags(args: Any) -> bool:
-    return isinstance(args, list | tuple) and all(isinstance(a, bool) for a in args)

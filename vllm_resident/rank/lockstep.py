@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -40,9 +41,10 @@ from vllm_resident.errors import (
 from vllm_resident.rank.versions import MultiModalCacheMissError
 
 # vLLM's utility calls that change what a scheduler does next: every rank makes them at
-# the same step. None of them runs code or reads files that its caller names.
+# the same step. None of them runs code or reads files that its caller names: of
+# adapters, only those that the engine was loaded with (`frontends.py` sees to that).
 SHARED_UTILITIES = frozenset(
-    {"reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"}
+    {"reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache", "add_lora"}
 )
 
 _ADD = EngineCoreRequestType.ADD.value
@@ -72,6 +74,11 @@ class UtilityCall(msgspec.Struct, array_like=True, frozen=True):
 
     method: str
     args: list[Any]
+
+
+def adapter_of(sent: Any) -> LoRARequest:
+    """An adapter as it was sent; raises `msgspec.ValidationError`."""
+    return msgspec.convert(sent, LoRARequest)
 
 
 def digest(outputs: Mapping[int, EngineCoreOutputs] | None, previous: int) -> int:
@@ -314,6 +321,8 @@ def _apply(core: EngineCore, kind: bytes, item: Any, before: int) -> tuple[Any, 
         return None, before
     try:
         if kind == _UTILITY:
+            if item.method == "add_lora":
+                return core.add_lora(adapter_of(*item.args)), before
             return getattr(core, item.method)(*item.args), before
         request, wave = core.preprocess_add_request(item)
         core.add_request(request, wave)

@@ -12,7 +12,7 @@ import time
 
 import zmq
 
-from vllm_resident import messages
+from vllm_resident import config, messages
 from vllm_resident.errors import (
     CommandRejected,
     ErrorInfo,
@@ -21,7 +21,7 @@ from vllm_resident.errors import (
     ReleaseIncomplete,
     ResidentError,
 )
-from vllm_resident.rank import faults, lockstep, prefetch, turns
+from vllm_resident.rank import faults, lockstep, prefetch, server_options, turns
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
@@ -164,13 +164,23 @@ class RankLoop:
         try:
             faults.trip(self._faults, self._rank, "prepare", command.name)
             prepared = configure(command.model, command.engine_args)
+            server_options.check(
+                command.model,
+                prepared.config,
+                command.engine_args,
+                command.frontend_args,
+            )
         except (ResidentError, faults.InjectedFault) as error:
             self._fail(generation, error, "prepare")
             return
         # Read while what goes still serves.
         prefetch.hint(command.model)
         self._hosted[generation] = Hosted(
-            generation, command.name, command.ranks, prepared
+            generation,
+            command.name,
+            command.ranks,
+            prepared,
+            adapters=config.adapters(command.frontend_args),
         )
         self._control.send(
             messages.EnginePrepared(
@@ -253,6 +263,7 @@ class RankLoop:
                 self._lines.context,
                 self._poller,
                 lambda count: self._count_requests(generation, count),
+                hosted.adapters,
                 self._lines.key,
             )
         else:

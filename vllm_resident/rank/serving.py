@@ -52,6 +52,8 @@ class Hosted:
     close_deadline: float | None = None
     suspension: Suspension | None = None
     lines: list[zmq.Socket[bytes]] = field(default_factory=list)
+    # The LoRA adapters that frontends may have loaded: paths by name.
+    adapters: dict[str, str] = field(default_factory=dict)
 
     @property
     def asleep(self) -> bool:

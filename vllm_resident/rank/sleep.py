@@ -34,7 +34,10 @@ _KEPT = ("runtime", "cudagraph")
 
 def can_read_again(config: VllmConfig) -> bool:
     """Whether weights that were dropped can be had again: vLLM's loaders of files can,
-    those of made-up weights cannot."""
+    those of made-up weights cannot. Adapters (LoRA) are of no loader, and where memory
+    is a device's it is dropped with the weights."""
+    if config.lora_config is not None and config.device_config.device_type != "cpu":
+        return False
     return hasattr(get_model_loader(config.load_config), "get_all_weights")
 
 
