@@ -159,6 +159,8 @@ def serve(options: argparse.Namespace) -> int:
     state.host_memory_bytes = config.host_memory_bytes
     state.device_memory_bytes = config.device_memory_bytes
     state.awake_per_rank = config.awake_per_rank
+    state.num_communicators = config.num_communicators
+    state.communicator_memory_bytes = config.communicator_memory_bytes
     state.demand = demand_of(config)
     service = Service(pool, endpoint, Journal(directory), options.owner_pid)
     pool_file = directory / "pool.json"
