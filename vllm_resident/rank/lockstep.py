@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     `step` numbers the plans from 0; `digest` is of the outputs of the step before;
     `actions` are (request type, number of frames) of what is to be applied first, the
     frames following the header. `run`: take a step. `stop`: there is no next plan.
+    `hold`: no step follows before the world of this generation is formed and its engine
+    built, by whichever of the ranks it is.
     """
 
     step: int
@@ -74,6 +77,16 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     run: bool
     stop: bool
     actions: list[tuple[bytes, int]]
+    hold: int = 0
+
+
+class Wish(msgspec.Struct, array_like=True, frozen=True):
+    """What a follower asks of its leader, the other way along the same line: to hold
+    the engine at the same step on every rank while it forms the world of a generation,
+    or (`done`) to hold it for that no longer."""
+
+    generation: int
+    done: bool
 
 
 class UtilityCall(msgspec.Struct, array_like=True, frozen=True):
@@ -173,11 +186,25 @@ class Leader(InprocClient):
         """Tell the followers that this was the last plan."""
         self._publish(run=False, stop=True)
 
+    def hold(self, generation: int) -> None:
+        """Tell the followers that no step follows before the world of `generation` is
+        there; the caller sees to that. Those that are gone are not missed."""
+        with suppress(RankFailure):
+            self._publish(run=False, hold=generation)
+
+    def take_wishes(self) -> list[tuple[int, Wish]]:
+        """What followers have asked since the last call, by their place."""
+        wishes = []
+        for follower, socket in enumerate(self._followers, start=1):
+            while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                wishes.append((follower, _decode_wish(socket.recv())))
+        return wishes
+
     def close(self) -> None:
         for socket in self._followers:
             socket.close()
 
-    def _publish(self, *, run: bool, stop: bool = False) -> None:
+    def _publish(self, *, run: bool, stop: bool = False, hold: int = 0) -> None:
         pending, self._pending = self._pending, []
         if self._followers:
             # Encoded before anything is applied: preprocessing may change a request.
@@ -186,7 +213,7 @@ class Leader(InprocClient):
                 (kind, len(parts))
                 for (kind, _), parts in zip(pending, frames, strict=True)
             ]
-            header = StepPlan(self._step, self._digest, run, stop, actions)
+            header = StepPlan(self._step, self._digest, run, stop, actions, hold)
             plan = [msgspec.msgpack.encode(header)]
             for parts in frames:
                 plan.extend(parts)
@@ -249,6 +276,9 @@ class Follower:
         self._step = 0
         self._digest = 0
         self.stopped = False
+        # Worlds for which the leader has stopped stepping, as this rank asked.
+        self.held: set[int] = set()
+        self._asked: set[int] = set()
 
     def follow(self) -> bool:
         """Take the next plan if there is one, without waiting; True if there was.
@@ -264,9 +294,30 @@ class Follower:
         for kind, item in self._decode(plan.actions, frames):
             _, self._digest = _apply(self._core, kind, item, self._digest)
         self.stopped = plan.stop
+        if plan.hold in self._asked:
+            self.held.add(plan.hold)
         if plan.run:
             _, self._digest = _run(self._core, self._digest)
         return True
+
+    def ask_to_hold(self, generation: int) -> None:
+        """Ask the leader for no more steps while this rank forms a world; it says when
+        in its plans (`held`). May be called again."""
+        if generation not in self._asked:
+            self._asked.add(generation)
+            self._wish(Wish(generation, done=False))
+
+    def end_hold(self, generation: int) -> None:
+        """Take back what was asked, if it was."""
+        if generation in self._asked:
+            self._asked.discard(generation)
+            self.held.discard(generation)
+            self._wish(Wish(generation, done=True))
+
+    def _wish(self, wish: Wish) -> None:
+        # Without its leader the engine is over, which others find out.
+        with suppress(zmq.ZMQError):
+            self.socket.send(msgspec.msgpack.encode(wish), zmq.NOBLOCK)
 
     def close(self) -> None:
         self.socket.close()
@@ -306,6 +357,13 @@ class Follower:
             )
         self._step += 1
         return plan
+
+
+def _decode_wish(frame: bytes) -> Wish:
+    try:
+        return msgspec.msgpack.decode(frame, type=Wish)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a follower's wish: {error}") from error
 
 
 def _apply(core: EngineCore, kind: bytes, item: Any, before: int) -> tuple[Any, int]:
