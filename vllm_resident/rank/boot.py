@@ -17,9 +17,11 @@ from vllm.platforms import current_platform
 from vllm_resident import shm
 from vllm_resident.messages import PROTOCOL_VERSION, Hello, RankGauges
 from vllm_resident.rank import ledger
+from vllm_resident.rank.communicators import Budget, CommunicatorPool
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.engine import engine_arg_names, warm_up
+from vllm_resident.rank.groups import destroy
 from vllm_resident.rank.loop import RankLoop
 from vllm_resident.rank.world import connect_store
 from vllm_resident.transport import host_id
@@ -41,9 +43,11 @@ def boot(
     incarnation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     names = engine_arg_names()
     store = connect_store(store_timeout_s)
+    # Until the controller says what may be kept.
+    communicators = CommunicatorPool(Budget(), destroy)
 
     def gauges() -> RankGauges:
-        return ledger.read(device, owner)
+        return ledger.read(device, owner, communicators)
 
     def hello() -> Hello:
         return Hello(
@@ -64,7 +68,7 @@ def boot(
         )
 
     control = Control(rank, incarnation, endpoint, hello, gauges)
-    loop = RankLoop(rank, device, store, control, directory, owner)
+    loop = RankLoop(rank, device, store, control, directory, owner, communicators)
     gc.collect()
     gc.freeze()
     return loop, control
