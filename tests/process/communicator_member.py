@@ -214,49 +214,61 @@ def interleaved() -> None:
 
 
 def budget() -> None:
-    """However many worlds come and go, no more is kept than is allowed."""
-    POOL.close()
-    # What the first worlds of a process leave for good is there.
-    form("budget-warm-up", ALL).close(orderly=True)
-    POOL.close()
-    meet("budget/warm")
-    before = (gauges(), simulation.num_open())
-    meet("budget/begun")
-    POOL.set_budget(Budget(PLAN["small_budget"]))
-    draw = random.Random(11)
-    most = 0
-    for number in range(PLAN["num_small"]):
-        mine = next(world for world in partition(draw) if RANK in world)
-        meet(f"budget/{number}")
-        world = form(f"budget-{number}-{mine[0]}", mine)
-        assert are_right(sums(world), mine)
-        world.close(orderly=True)
-        most = max(most, POOL.num, simulation.num_open())
-    destroyed = POOL.counts.destroyed
-    POOL.close()
-    # The same in bytes, of communicators that have some.
-    size, limit = 8 * 2**20, 20 * 2**20
-    simulation.settings.num_bytes = size
-    POOL.set_budget(Budget(1000))
-    form("budget-bytes", ALL).close(orderly=True)
-    simulated = [each for each in POOL.within(ALL) if each.key.backend == BACKEND]
-    told = sum(each.num_bytes for each in simulated) / (size * len(simulated))
-    POOL.set_budget(Budget(1000, limit))
-    num_bytes = POOL.num_bytes
-    simulation.settings.num_bytes = 0
-    POOL.close()
-    meet("budget/closed")
-    after = (gauges(), simulation.num_open())
+    """However many worlds come and go, no more is kept than is allowed, and when that
+    is given up nothing is left."""
+    # Twice the same: what the first of its kind leaves in a process for good is there.
+    for turn in ("first", "again"):
+        POOL.close()
+        meet(f"budget/{turn}")
+        before = gauges()
+        meet(f"budget/{turn}/begun")
+        destroyed = POOL.counts.destroyed
+        most = _many_worlds(turn)
+        destroyed = POOL.counts.destroyed - destroyed
+        told, is_within = _communicators_of_some_bytes(turn)
+        POOL.close()
+        meet(f"budget/{turn}/closed")
+        after = gauges()
     POOL.set_budget(Budget(1000))
     say(
         "budget",
         most=most,
         before=before,
         after=after,
+        open=simulation.num_open(),
         destroyed=destroyed,
         told=told,
-        within=0 < num_bytes <= limit,
+        within=is_within,
     )
+
+
+def _many_worlds(turn: str) -> int:
+    """The most that was kept, or open while no world was."""
+    POOL.set_budget(Budget(PLAN["small_budget"]))
+    draw = random.Random(11)
+    most = 0
+    for number in range(PLAN["num_small"]):
+        mine = next(world for world in partition(draw) if RANK in world)
+        meet(f"budget/{turn}/{number}")
+        world = form(f"budget-{turn}-{number}-{mine[0]}", mine)
+        assert are_right(sums(world), mine)
+        world.close(orderly=True)
+        most = max(most, POOL.num, simulation.num_open())
+    POOL.close()
+    return most
+
+
+def _communicators_of_some_bytes(turn: str) -> tuple[float, bool]:
+    """What the rank says they have by what they have, and whether a limit holds."""
+    size, limit = 8 * 2**20, 20 * 2**20
+    simulation.settings.num_bytes = size
+    POOL.set_budget(Budget(1000))
+    form(f"budget-{turn}-bytes", ALL).close(orderly=True)
+    simulated = [each for each in POOL.within(ALL) if each.key.backend == BACKEND]
+    told = sum(each.num_bytes for each in simulated) / (size * len(simulated))
+    POOL.set_budget(Budget(1000, limit))
+    simulation.settings.num_bytes = 0
+    return told, 0 < POOL.num_bytes <= limit
 
 
 def _failing(name: str, members: list[int], abort_after_s: float | None) -> None:

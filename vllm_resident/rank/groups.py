@@ -259,13 +259,14 @@ def destroy(communicators: list[Communicator]) -> None:
     What is broken ends on a thread: a gloo group with an operation that never ends
     cannot be aborted, and its end waits for that.
     """
-    sound: list[dist.ProcessGroup] = []
-    broken: list[dist.ProcessGroup] = []
+    # Each with its store, which must not go first: a tuple lets go of its last first.
+    sound: list[Any] = []
+    broken: list[Any] = []
     while communicators:
         each = communicators.pop()
         with suppress(RuntimeError):
             each.handle.abort()
-        (broken if each.is_broken else sound).append(each.handle)
+        (broken if each.is_broken else sound).append((each.store, each.handle))
         each.handle = None
         with suppress(dist.DistError):
             each.store.cancel()
@@ -275,7 +276,7 @@ def destroy(communicators: list[Communicator]) -> None:
     let_go(sound)
 
 
-def let_go(groups: list[dist.ProcessGroup]) -> None:
+def let_go(groups: list[Any]) -> None:
     """Drop the last references side by side and empty the list: the end of a gloo group
     joins a thread that looks up every 10 ms (torch 2.13, gloo/transport/tcp/loop.cc),
     with the GIL released."""

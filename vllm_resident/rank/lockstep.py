@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,9 @@ from vllm_resident.transport import open_socket, unix_endpoint
 CONNECT_TIMEOUT_S = 20.0
 # A closed line still sends what the follower has not read yet: the stop plan.
 STOP_LINGER_S = 10.0
+
+# A rank forms one world at a time, and each generation once.
+_MAX_HELD = 64
 
 # vLLM's utility calls that change what a scheduler does next: every rank makes them at
 # the same step. None of them runs code or reads files that its caller names.
@@ -276,8 +280,9 @@ class Follower:
         self._step = 0
         self._digest = 0
         self.stopped = False
-        # Worlds for which the leader has stopped stepping, as this rank asked.
-        self.held: set[int] = set()
+        # Worlds for which the leader has stopped stepping, the last ones. It may do so
+        # before this rank asks: another asked first, or it forms that world itself.
+        self.held: deque[int] = deque(maxlen=_MAX_HELD)
         self._asked: set[int] = set()
 
     def follow(self) -> bool:
@@ -294,8 +299,8 @@ class Follower:
         for kind, item in self._decode(plan.actions, frames):
             _, self._digest = _apply(self._core, kind, item, self._digest)
         self.stopped = plan.stop
-        if plan.hold in self._asked:
-            self.held.add(plan.hold)
+        if plan.hold:
+            self.held.append(plan.hold)
         if plan.run:
             _, self._digest = _run(self._core, self._digest)
         return True
@@ -311,7 +316,6 @@ class Follower:
         """Take back what was asked, if it was."""
         if generation in self._asked:
             self._asked.discard(generation)
-            self.held.discard(generation)
             self._wish(Wish(generation, done=True))
 
     def _wish(self, wish: Wish) -> None:
