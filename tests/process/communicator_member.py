@@ -40,7 +40,7 @@ from vllm_resident.rank.world import World, connect_store
 
 OWNER = shm.owner_token(os.getppid())
 STORE = connect_store(60.0)
-BACKEND = PLAN.get("backend", "hccl")
+BACKEND = "hccl"
 ALL = list(range(SIZE))
 POOL = CommunicatorPool(Budget(PLAN.get("num", 1000)), destroy)
 CONFIG = VllmConfig()
@@ -48,7 +48,8 @@ CONFIG = VllmConfig()
 FORMED: list[float] = []
 log = logging.getLogger(__name__)
 
-simulation.install(BACKEND, creation_s=PLAN.get("creation_s", 0.0))
+simulation.install("simulated_nccl")
+simulation.install("hccl", creation_s=PLAN.get("creation_s", 0.0))
 
 
 def form(
@@ -324,7 +325,10 @@ def hangs_until_time_out() -> None:
 
 
 def dies() -> None:
-    """One member dies in a collective; the survivors go on without it."""
+    """One member dies in a collective; the survivors go on without it. Over the other
+    simulated library, which is aborted in another way."""
+    global BACKEND
+    BACKEND = "simulated_nccl"
     PLAN.update(victim=SIZE - 1, fault="die", timeout_s=60.0)
     _failing("dies", ALL, abort_after_s=0.5)
     _next_world("dies", ALL[:-1])

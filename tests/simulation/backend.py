@@ -1,7 +1,8 @@
 """SIMULATION of a device's collective library as a torch.distributed backend, on CPU.
 
-`install("hccl")` registers one under that name (and `install("simulated_nccl")` a
-look-alike of NCCL, whose own name torch keeps for itself): the data goes over loopback
+`install("hccl")` registers one under that name, and `install("simulated_nccl")` a
+look-alike of NCCL, whose own name torch keeps for itself (they differ in how they are
+aborted): the data goes over loopback
 sockets, but making a communicator costs what it is told to, in seconds and in memory,
 one after the other in a process and only once all members have come; a peer that is
 gone or hangs is not noticed until the time-out or an `abort`, as on a device; and what
@@ -203,6 +204,16 @@ class SimulatedGroup(dist.ProcessGroup):
         return self._rank
 
     def abort(self) -> None:
+        """As NCCL's; HCCL has none of this name."""
+        if self._kind.endswith("hccl"):
+            raise RuntimeError("simulated hccl does not support abort")
+        self._abort()
+
+    def abort_hccl_comm(self, _reason: str) -> None:
+        if self._kind.endswith("hccl"):
+            self._abort()
+
+    def _abort(self) -> None:
         """Everything in flight fails now, on any thread; may be called twice."""
         self._aborted.set()
         with contextlib.suppress(OSError):
@@ -210,7 +221,7 @@ class SimulatedGroup(dist.ProcessGroup):
         self._end()
 
     def shutdown(self) -> None:
-        self.abort()
+        self._abort()
 
     def _end(self) -> None:
         if _open.pop(id(self), None) is None:

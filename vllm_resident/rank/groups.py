@@ -264,8 +264,7 @@ def destroy(communicators: list[Communicator]) -> None:
     broken: list[Any] = []
     while communicators:
         each = communicators.pop()
-        with suppress(RuntimeError):
-            each.handle.abort()
+        abort(each.handle)
         (broken if each.is_broken else sound).append((each.store, each.handle))
         each.handle = None
         with suppress(dist.DistError):
@@ -274,6 +273,19 @@ def destroy(communicators: list[Communicator]) -> None:
     if broken:
         threading.Thread(target=broken.clear, daemon=True).start()
     let_go(sound)
+
+
+def abort(group: dist.ProcessGroup) -> None:
+    """End a group's collectives in flight, here, and the group with them; any thread.
+    Nothing where the backend cannot (gloo)."""
+    with suppress(RuntimeError):
+        group.abort()
+    # HCCL's has another name (torch_npu, distributed/distributed_c10d.py,
+    # reinit_process_group).
+    with suppress(RuntimeError):
+        for device in group._device_types:
+            backend = group._get_backend(device)
+            getattr(backend, "abort_hccl_comm", lambda _: None)("its world is closed")
 
 
 def let_go(groups: list[Any]) -> None:

@@ -32,7 +32,7 @@ from torch.distributed import distributed_c10d as c10d
 from vllm_resident.errors import RankTimeout
 from vllm_resident.rank import ambient, mapping
 from vllm_resident.rank.communicators import CommunicatorPool, Offer, agree
-from vllm_resident.rank.groups import Groups, let_go, unregister
+from vllm_resident.rank.groups import Groups, abort, let_go, unregister
 from vllm_resident.rank.holders import Holders
 from vllm_resident.rank.store import CancellableStore
 
@@ -392,8 +392,7 @@ class World:
         groups = sorted(names, key=lambda each: names[each], reverse=True)
         with _as_one(groups):
             for group in groups:
-                with suppress(RuntimeError):
-                    group.abort()
+                abort(group)
 
     def close(self, *, orderly: bool = False) -> None:
         """Destroy the groups and give back what they held. May be called twice.
