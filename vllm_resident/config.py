@@ -52,7 +52,7 @@ _MODEL_KEYS = (
 )  # fmt: skip
 _POOL_KEYS = (
     "host_memory", "device_memory", "awake_per_rank", "min_residency_s", "drain_s",
-    *_LIMIT_KEYS,
+    "communicators", "communicator_memory", *_LIMIT_KEYS,
 )  # fmt: skip
 _UNITS = {
     "": 1,
@@ -94,7 +94,9 @@ class PoolConfig(msgspec.Struct, frozen=True):
     declared models' own, `default_limits` all others'. An engine that is called stays
     awake for `min_residency_s` at least, and has `drain_s` to finish its requests
     before it makes room for another that is. `frontend_args` are options of vLLM's
-    server for all models that do not say otherwise.
+    server for all models that do not say otherwise. `num_communicators` are kept on
+    each rank of worlds that are closed, with `communicator_memory_bytes` of its device
+    (None: as fits the device).
     """
 
     host_memory_bytes: int | None = None
@@ -107,6 +109,8 @@ class PoolConfig(msgspec.Struct, frozen=True):
     min_residency_s: float = 1.0
     drain_s: float = 30.0
     frontend_args: dict[str, Any] = {}
+    num_communicators: int | None = None
+    communicator_memory_bytes: int | None = None
 
 
 class _Wrong(Exception):
@@ -335,6 +339,8 @@ def _pool(table: Any, base: Path) -> dict[str, Any]:
         "default_limits": _limits(table, defaults.default_limits),
         "min_residency_s": _seconds(table, "min_residency_s", defaults.min_residency_s),
         "drain_s": _seconds(table, "drain_s", defaults.drain_s),
+        "num_communicators": _count(table, "communicators"),
+        "communicator_memory_bytes": _num_bytes(table, "communicator_memory"),
     }
 
 
@@ -354,6 +360,15 @@ def _whole(table: dict[str, Any], key: str, default: int) -> int:
     value = table.get(key, default)
     if not _is_int(value) or value < 1:
         raise _Wrong(key, f"{key!r} must be a number from 1, not {value!r}")
+    return int(value)
+
+
+def _count(table: dict[str, Any], key: str) -> int | None:
+    value = table.get(key)
+    if value is None:
+        return None
+    if not _is_int(value) or value < 0:
+        raise _Wrong(key, f"{key!r} must be a number from 0, not {value!r}")
     return int(value)
 
 

@@ -249,6 +249,9 @@ class RankStatus(msgspec.Struct, frozen=True):
     num_sockets: int = 0
     num_process_groups: int = 0
     num_engines: int = 0
+    num_kept_communicators: int = 0
+    kept_communicator_bytes: int = 0
+    num_suspended_communicators: int = 0
 
 
 class EngineStatus(msgspec.Struct, frozen=True):
@@ -292,6 +295,8 @@ class PoolStatus(msgspec.Struct, frozen=True):
     waiting: dict[str, int] = {}
     switches: list[SwitchStatus] = []
     adapters: dict[str, str] = {}
+    max_communicators: int | None = None
+    max_communicator_bytes: int | None = None
 
 
 # ----------------------------------------------------------- client -> controller
@@ -575,7 +580,9 @@ class StepCount(msgspec.Struct, frozen=True):
 
 
 class RankGauges(msgspec.Struct, frozen=True):
-    """What a rank holds right now; memory in bytes as the device counts it. `steps` is
+    """What a rank holds right now; memory in bytes as the device counts it. Process
+    groups are those of living worlds; communicators that are kept of closed ones count
+    apart, and so do those of sleeping engines whose memory is given back. `steps` is
     what it has done, by engine."""
 
     memory_used_bytes: int
@@ -587,6 +594,9 @@ class RankGauges(msgspec.Struct, frozen=True):
     num_process_groups: int = 0
     num_engines: int = 0
     steps: dict[str, StepCount] = {}
+    num_kept_communicators: int = 0
+    kept_communicator_bytes: int = 0
+    num_suspended_communicators: int = 0
 
 
 class Hello(FromRank, frozen=True, kw_only=True):
@@ -737,10 +747,14 @@ class ToRank(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 class Welcome(ToRank, frozen=True, kw_only=True):
     """The rank is taken in. `session` names this life of the controller; it prefixes
-    every world's identity, so that generations of two lives never meet."""
+    every world's identity, so that generations of two lives never meet. Of worlds that
+    are closed it keeps `max_communicators`, and no more than `max_communicator_bytes`
+    of the device's memory with them (None: as fits the device)."""
 
     session: str
     pool: str
+    max_communicators: int | None = None
+    max_communicator_bytes: int | None = None
 
 
 class HeartbeatAck(ToRank, frozen=True, kw_only=True):
@@ -764,11 +778,17 @@ class PrepareEngine(ToRank, frozen=True, kw_only=True):
 
 class BuildEngine(ToRank, frozen=True, kw_only=True):
     """Form the world and build the engine that was prepared; its ranks are on several
-    machines if it `spans_machines`."""
+    machines if it `spans_machines`.
+
+    `turn` numbers what the controller has told ranks to form, in the order in which it
+    told them: every rank forms its worlds in this order, so that no two wait for each
+    other.
+    """
 
     generation: int
     timeout_s: float
     spans_machines: bool = False
+    turn: int = 0
 
 
 class CloseEngine(ToRank, frozen=True, kw_only=True):
@@ -802,6 +822,13 @@ class ReadCheckpoint(ToRank, frozen=True, kw_only=True):
 
     read: int
     model: str
+
+
+class DropCommunicators(ToRank, frozen=True, kw_only=True):
+    """A rank's process is gone: give up what is kept of worlds that it was in. Not
+    answered."""
+
+    lost_rank: int
 
 
 class DropEngine(ToRank, frozen=True, kw_only=True):
@@ -923,6 +950,7 @@ ToRankMessage = (
     | ResumeEngine
     | ReadCheckpoint
     | CloseEngine
+    | DropCommunicators
     | DropEngine
     | AddRequest
     | AbortRequest

@@ -352,3 +352,46 @@ def test_a_follower_that_never_connects_is_named(
     ):
         lines.Lines(context, tmp_path).lead(7, store, 1)
     assert not list(tmp_path.glob("*.sock"))
+
+
+def test_a_follower_asks_to_be_held_and_is_told_at_which_step(pair: Pair) -> None:
+    from vllm_resident.rank import lockstep
+
+    def wishes() -> list[Any]:
+        assert pair.sending.poll(ANSWER_S * 1000), "no wish came"
+        return pair.leader.take_wishes()
+
+    pair.step()
+    pair.follower.ask_to_hold(9)
+    pair.follower.ask_to_hold(9)
+    assert wishes() == [(1, lockstep.Wish(9, done=False))]
+    assert pair.leader.take_wishes() == []
+    # A step that was planned before is taken before.
+    pair.leader.get_output()
+    pair.leader.hold(9)
+    pair.follow()
+    assert not pair.follower.held
+    pair.follow()
+    assert list(pair.follower.held) == [9]
+    assert pair.cores[1].num_steps == pair.cores[0].num_steps == 2
+    pair.follower.end_hold(9)
+    pair.follower.end_hold(9)
+    assert wishes() == [(1, lockstep.Wish(9, done=True))]
+    pair.step()
+    assert pair.cores[1].num_steps == pair.cores[0].num_steps == 3
+
+
+def test_a_leader_may_hold_before_a_follower_asks(pair: Pair) -> None:
+    """It forms the same world, or another follower has asked: it says so once."""
+    pair.leader.hold(9)
+    pair.follow()
+    pair.follower.ask_to_hold(9)
+    assert 9 in pair.follower.held
+    pair.step()
+
+
+def test_a_wish_that_is_none_is_refused(pair: Pair) -> None:
+    pair.receiving.send(b"\xc1")
+    assert pair.sending.poll(ANSWER_S * 1000)
+    with pytest.raises(ProtocolError, match="not a follower's wish"):
+        pair.leader.take_wishes()

@@ -497,6 +497,21 @@ def test_the_ledger_says_who_holds_what() -> None:
     assert "host memory here 7.0 MiB 1024.0 MiB" in found
 
 
+def test_the_ledger_counts_communicators_that_are_kept_apart() -> None:
+    rank = msgspec.structs.replace(
+        RANK,
+        num_process_groups=12,
+        num_kept_communicators=9,
+        kept_communicator_bytes=3 * 2**20,
+        num_suspended_communicators=2,
+    )
+    status = msgspec.structs.replace(STATUS, ranks=[rank], max_communicators=40)
+    lines = rendered(display.ledger_tables(status)).splitlines()
+    found = [" ".join(line.split()) for line in lines]
+    assert "rank 0 12 9 40 3.0 as fits the device 2" in found
+    assert "communicators" not in rendered(display.ledger_tables(STATUS))
+
+
 def test_a_summary_of_a_switch_says_its_path_and_its_gap() -> None:
     parts = [
         EngineReport("chat", "sleep", 7, [0], 0.5, {}, {}, {}, sleep_level=1),

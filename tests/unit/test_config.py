@@ -137,6 +137,8 @@ def test_a_pool_file_becomes_budgets_and_models(tmp_path: Path) -> None:
         host_memory = "1.5 GiB"
         device_memory = 1000
         awake_per_rank = 2
+        communicators = 0
+        communicator_memory = "2GiB"
 
         [models.a]
         model = "tiny"
@@ -164,6 +166,8 @@ def test_a_pool_file_becomes_budgets_and_models(tmp_path: Path) -> None:
         host_memory_bytes=3 * 2**29,
         device_memory_bytes=1000,
         awake_per_rank=2,
+        num_communicators=0,
+        communicator_memory_bytes=2**31,
         models={"a": a, "b": b, "c": c},
         start=[
             EngineSpec(
@@ -240,6 +244,8 @@ def test_memory_is_bytes_or_text(
         ),
         ("[pool]\ncolour = 3\n", r"pool\.toml:2: unknown key 'colour'.*there are host"),
         ("[pool]\nawake_per_rank = 0\n", r"pool\.toml:2: 'awake_per_rank' must be"),
+        ("[pool]\ncommunicators = -1\n", r"pool\.toml:2: 'communicators' must be"),
+        ("[pool]\ncommunicator_memory = 0\n", r"pool\.toml:2: 'communicator_memory'"),
         ("[models.a]\nranks = 1\n", r"pool\.toml:1: model 'a': 'model' is missing"),
         (
             '[models.a]\nmodel = "m"\nstart = "lodaed"\n',

@@ -76,8 +76,18 @@ def test_prepare_process_leaves_an_accelerators_cores_alone(
     monkeypatch.setattr(device, "detect", lambda rank: device.Device("cuda", rank))
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, own: pytest.fail("bound"))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # As torchrun sets it: an error in one collective would end every engine here.
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     device.prepare_process(0, 2)
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "2"
+
+
+def test_only_devices_keep_communicators_unasked() -> None:
+    assert device.Device("cpu", 0).communicator_budget.num == 0
+    assert device.Device("cuda", 0).communicator_budget.num > 0
+    assert device.Device("npu", 0).communicator_budget.num_bytes is not None
+    assert device.Device("cpu", 0).bound() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from tests.unit.controller_harness import (
     ALICE,
@@ -36,6 +37,7 @@ from vllm_resident.messages import (
     CancelGenerate,
     CloseEngine,
     Completion,
+    DropCommunicators,
     DropEngine,
     EngineClosed,
     EnginePrepared,
@@ -111,6 +113,45 @@ def test_switch_does_not_go_back():
 
 
 # ------------------------------------------------------------ ranks
+
+
+def test_ranks_hear_what_communicators_they_may_keep():
+    harness = Harness(1, num_ready=0)
+    harness.state.num_communicators = 7
+    harness.state.communicator_memory_bytes = 100
+    harness.rank(hello(0, 1))
+    ((_, welcome),) = harness.to_ranks(Welcome)
+    assert (welcome.max_communicators, welcome.max_communicator_bytes) == (7, 100)
+    assert harness.status().max_communicators == 7
+
+
+def test_what_is_kept_with_a_lost_rank_is_given_up_by_those_who_keep_any():
+    keeps = structs.replace(GAUGES, num_kept_communicators=3, kept_communicator_bytes=9)
+    harness = Harness(3, num_ready=0)
+    for rank, gauges in enumerate([keeps, keeps, GAUGES]):
+        harness.rank(hello(rank, 3, gauges=gauges))
+    row = harness.status().ranks[0]
+    assert (row.num_kept_communicators, row.kept_communicator_bytes) == (3, 9)
+    harness.kill(1)
+    drop = DropCommunicators(lost_rank=1)
+    assert harness.to_ranks(DropCommunicators) == [(0, drop)]
+
+
+def test_worlds_are_formed_in_the_order_in_which_ranks_are_told():
+    harness = Harness(3)
+    harness.state.awake_per_rank = 2
+    # Of one leader, as engines that share a rank must be.
+    for name, ranks in (("a", [1, 0]), ("b", [1, 2])):
+        harness.load(spec(name, ranks))
+    turns = []
+    # Prepared in the other order: what counts is when they are told to form.
+    for generation, ranks in ((2, [1, 2]), (1, [1, 0])):
+        for rank in ranks:
+            harness.rank(EnginePrepared(rank=rank, generation=generation, seconds=0))
+        builds = harness.to_ranks(BuildEngine)
+        turns.append({message.turn for _, message in builds})
+        assert [rank for rank, _ in builds] == ranks
+    assert turns == [{1}, {2}]
 
 
 def test_hello_is_welcomed_and_the_process_watched():

@@ -202,7 +202,10 @@ def ledger_tables(status: PoolStatus) -> RenderableType:
     parts: list[RenderableType] = [_pool_line(status), _holdings_table(status.ranks)]
     if status.engines:
         parts.append(_memory_table(status.engines))
-    return Group(*parts, _budget_table(status))
+    parts.append(_budget_table(status))
+    if (communicators := _communicator_table(status)) is not None:
+        parts.append(communicators)
+    return Group(*parts)
 
 
 def _holdings_table(ranks: list[RankStatus]) -> Table:
@@ -263,6 +266,35 @@ def _budget_table(status: PoolStatus) -> Table:
         of = escape(name) or "hosts not known yet"
         table.add_row(
             "host memory", of, f"{_mib(host)} MiB", _budget(status.host_memory_bytes)
+        )
+    return table
+
+
+def _communicator_table(status: PoolStatus) -> Table | None:
+    """What ranks keep of worlds that are closed, and what sleeping engines have had
+    suspended; None where there is neither, nor a limit."""
+    limits = (status.max_communicators, status.max_communicator_bytes)
+    held = [
+        rank.num_kept_communicators or rank.num_suspended_communicators
+        for rank in status.ranks
+    ]
+    if limits == (None, None) and not any(held):
+        return None
+    table = Table("communicators of", box=SIMPLE_HEAD)
+    for column in ("in use", "kept", "may be", "MiB", "may be", "suspended"):
+        table.add_column(column, justify="right")
+    most = "" if status.max_communicators is None else str(status.max_communicators)
+    limit = status.max_communicator_bytes
+    most_bytes = "" if limit is None else _mib(limit)
+    for rank in status.ranks:
+        table.add_row(
+            f"rank {rank.rank}",
+            str(rank.num_process_groups),
+            str(rank.num_kept_communicators),
+            most or "as fits the device",
+            _mib(rank.kept_communicator_bytes),
+            most_bytes or "as fits the device",
+            str(rank.num_suspended_communicators),
         )
     return table
 

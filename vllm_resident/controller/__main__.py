@@ -169,6 +169,8 @@ def serve(options: argparse.Namespace) -> int:
     state.device_memory_bytes = config.device_memory_bytes
     state.awake_per_rank = config.awake_per_rank
     state.frontend_args = config.frontend_args
+    state.num_communicators = config.num_communicators
+    state.communicator_memory_bytes = config.communicator_memory_bytes
     state.demand = demand_of(config)
     state.has_key = key is not None
     service = Service(pool, endpoint, Journal(directory), options.owner_pid, key)

@@ -104,7 +104,12 @@ def prepare(
 
 
 def build(state: PoolState, engine: Engine, now: float) -> None:
-    """Every rank prepared it and nothing else holds its ranks."""
+    """Every rank prepared it and nothing else holds its ranks.
+
+    Forming its world is collective. All ranks are told here, in one go and by the one
+    loop there is, and each forms what it was told first: so of two worlds every rank
+    that is in both forms the same one first, and no two wait for each other.
+    """
     assert engine.deadline is not None
     move_engine(state, engine, EnginePhase.BUILDING, now)
     engine.waiting = set(engine.ranks)
@@ -112,6 +117,8 @@ def build(state: PoolState, engine: Engine, now: float) -> None:
     note_progress(state, engine, "build", now)
     greetings = [state.ranks[rank].hello for rank in engine.ranks]
     hosts = {hello.host_id for hello in greetings if hello is not None}
+    turn = state.next_turn
+    state.next_turn += 1
     for rank in engine.ranks:
         state.send_to_rank(
             rank,
@@ -119,6 +126,7 @@ def build(state: PoolState, engine: Engine, now: float) -> None:
                 generation=engine.generation,
                 timeout_s=max(engine.deadline - now, MIN_TIMEOUT_S),
                 spans_machines=len(hosts) > 1,
+                turn=turn,
             ),
         )
 

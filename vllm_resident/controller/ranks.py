@@ -8,6 +8,7 @@ from vllm_resident.controller.state import Engine, PoolState, Rank, RankPhase, m
 from vllm_resident.errors import RankFailure
 from vllm_resident.messages import (
     PROTOCOL_VERSION,
+    DropCommunicators,
     DropEngine,
     EngineClosed,
     ExitRank,
@@ -87,7 +88,15 @@ def _greet(state: PoolState, rank: Rank, hello: Hello) -> None:
     rank.local = hello.host_id == state.host_id
     rank.silent_s = 0.0
     rank.evicted = False
-    state.send_to_rank(rank.rank, Welcome(session=state.session, pool=state.name))
+    state.send_to_rank(
+        rank.rank,
+        Welcome(
+            session=state.session,
+            pool=state.name,
+            max_communicators=state.num_communicators,
+            max_communicator_bytes=state.communicator_memory_bytes,
+        ),
+    )
     if rank.local:
         state.effects.append(WatchProcess(rank.rank, hello.pid))
 
@@ -171,9 +180,18 @@ def lose(
         return
     tally.note_loss(state.history.tally, rank.rank)
     prefetch.on_rank_lost(state, rank, now)
+    _give_up_communicators(state, rank)
     for engine in list(state.engines.values()):
         if rank.rank in engine.ranks:
             losses.on_rank_lost(state, engine, rank, what, now, evicted=evicted)
+
+
+def _give_up_communicators(state: PoolState, lost: Rank) -> None:
+    """What the others keep of worlds that it was in serves nobody any more."""
+    for rank in state.ranks.values():
+        keeps = rank.gauges is not None and rank.gauges.num_kept_communicators
+        if keeps and state.is_attached(rank.rank):
+            state.send_to_rank(rank.rank, DropCommunicators(lost_rank=lost.rank))
 
 
 def evict(state: PoolState, rank: Rank, error: RankFailure, now: float) -> None:

@@ -166,6 +166,8 @@ def pool_status(state: PoolState, now: float) -> PoolStatus:
         num_protocol_errors=state.num_protocol_errors,
         host_memory_bytes=state.host_memory_bytes,
         device_memory_bytes=state.device_memory_bytes,
+        max_communicators=state.num_communicators,
+        max_communicator_bytes=state.communicator_memory_bytes,
         models=sorted(state.models),
         waiting=state.demand.num_waiting(),
         switches=[switch_status(state, each, now) for each in state.switches],
@@ -269,6 +271,9 @@ def _rank_status(state: PoolState, rank: Rank) -> RankStatus:
         num_sockets=gauges.num_sockets,
         num_process_groups=gauges.num_process_groups,
         num_engines=gauges.num_engines,
+        num_kept_communicators=gauges.num_kept_communicators,
+        kept_communicator_bytes=gauges.kept_communicator_bytes,
+        num_suspended_communicators=gauges.num_suspended_communicators,
     )
 
 

@@ -407,6 +407,8 @@ class PoolState:
     host_memory_bytes: int | None = None
     device_memory_bytes: int | None = None
     awake_per_rank: int = 1
+    num_communicators: int | None = None
+    communicator_memory_bytes: int | None = None
     # Who waits for a model, and what was learned of them all.
     demand: Demand = field(default_factory=Demand)
     # Switches that have ended and were not looked at (`demand.settle`).
@@ -418,6 +420,8 @@ class PoolState:
     next_generation: int = 1
     next_request: int = 1
     next_frontend: int = 1
+    # Of what ranks are told to form: all do it in this order (`engines.build`).
+    next_turn: int = 1
     stop: Stop | None = None
     last_tick: float | None = None
     now: float = 0.0  # of the event being handled

@@ -34,6 +34,18 @@ _LEDGER = {
     "num_sockets": ("sockets", "Sockets that the rank has open."),
     "num_process_groups": ("process_groups", "Process groups that the rank is in."),
     "num_engines": ("engines", "Engines that the rank holds, awake or asleep."),
+    "num_kept_communicators": (
+        "kept_communicators",
+        "Communicators of closed worlds that it keeps for worlds to come.",
+    ),
+    "kept_communicator_bytes": (
+        "kept_communicator_bytes",
+        "Memory of the rank's device that these hold.",
+    ),
+    "num_suspended_communicators": (
+        "suspended_communicators",
+        "Communicators of sleeping engines whose memory is given back.",
+    ),
     "heartbeat_age_s": (
         "heartbeat_age_seconds",
         "Time since the rank was last heard of.",

@@ -19,9 +19,11 @@ from vllm_resident.config import frontend_arg_names
 from vllm_resident.keys import PoolKey
 from vllm_resident.messages import PROTOCOL_VERSION, Hello, RankGauges
 from vllm_resident.rank import ledger, supervisor
+from vllm_resident.rank.communicators import Budget, CommunicatorPool
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device, messaging_context
 from vllm_resident.rank.engine import engine_arg_names, warm_up
+from vllm_resident.rank.groups import destroy
 from vllm_resident.rank.lines import Lines
 from vllm_resident.rank.loop import RankLoop
 from vllm_resident.rank.world import connect_store
@@ -49,9 +51,11 @@ def boot(
     incarnation = supervisor.incarnation()
     names, server_options = engine_arg_names(), sorted(frontend_arg_names())
     store = connect_store(store_timeout_s)
+    # Until the controller says what may be kept.
+    communicators = CommunicatorPool(Budget(), destroy)
 
     def gauges() -> RankGauges:
-        return ledger.read(device, owner)
+        return ledger.read(device, owner, communicators)
 
     def hello() -> Hello:
         return Hello(
@@ -74,7 +78,7 @@ def boot(
 
     control = Control(rank, incarnation, endpoint, hello, gauges, key)
     lines = Lines(messaging_context(), directory, endpoint, key)
-    loop = RankLoop(rank, device, store, control, lines, owner)
+    loop = RankLoop(rank, device, store, control, lines, owner, communicators)
     gc.collect()
     gc.freeze()
     return loop, control

@@ -259,7 +259,7 @@ class Control(threading.Thread):
         with self._lock:
             worlds = list(self._worlds.values())
         for world in worlds:
-            world.store.cancel()
+            world.call_off()
 
     def _call_off(self, message: DropEngine) -> None:
         self._dropped.add(message.generation)

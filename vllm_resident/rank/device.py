@@ -15,6 +15,8 @@ from typing import Any
 
 import zmq
 
+from vllm_resident.rank.communicators import DEFAULT_BUDGET, Budget
+
 # Read at import, which comes before `bind_cores`.
 _ALLOWED_CORES = sorted(os.sched_getaffinity(0))
 
@@ -25,6 +27,14 @@ _WORKERS = {
     "cuda": "vllm.v1.worker.gpu_worker",
     "npu": "vllm_ascend.worker.worker",
 }
+
+
+# By device type, what must be so in the environment before torch is imported. NCCL: a
+# collective that fails or runs into its time-out ends its communicator (2), not the
+# process, in which other engines live; torch's own default (3) and the one that
+# torchrun gives its workers (1, elastic/agent/server/local_elastic_agent.py) end that.
+# What is stuck beyond it the control thread ends, by its own deadlines.
+_ENVIRONMENT = {"cuda": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,20 @@ class Device:
     def worker_module(self) -> str:
         """The module vLLM's worker for this device type is in."""
         return _WORKERS[self.type]
+
+    @property
+    def communicator_budget(self) -> Budget:
+        """What a rank keeps of closed worlds if nobody says. On CPU nothing: gloo's
+        take milliseconds to make, and hold descriptors and threads."""
+        return Budget() if self.type == "cpu" else DEFAULT_BUDGET
+
+    def bound(self) -> Any:
+        """As a `torch.device` to bind a world's groups to; None on CPU."""
+        if self.type == "cpu":
+            return None
+        import torch
+
+        return torch.device(self.type, self.index)
 
     def activate(self) -> None:
         """Make this the current device of the process; call once, after torch."""
@@ -149,6 +173,7 @@ def prepare_process(local_rank: int, local_world_size: int) -> Device:
     # External launchers need the engine core in this process (vllm 0.32.0,
     # v1/executor/uniproc_executor.py asserts it).
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.update(_ENVIRONMENT.get(device.type, {}))
     return device
 
 

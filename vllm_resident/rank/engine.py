@@ -51,6 +51,9 @@ from vllm_resident.rank.world import World
 OnPhase = Callable[[str], None]
 
 BACKEND = "external_launcher"
+# vLLM's engine argument by which a sleeping engine's NCCL communicators give their
+# memory back (0.32.0; 0.23.0 has none such).
+SUSPENDS = "enable_nccl_comm_suspend"
 # Those built and not yet released in this process.
 _engines: set[Engine] = set()
 
@@ -99,6 +102,9 @@ def configure(model: str, engine_args: dict[str, Any]) -> Prepared:
     if current_platform.device_type != "cpu":
         # Decides where weights are allocated; on CPU vLLM refuses it.
         args.setdefault("enable_sleep_mode", True)
+    if current_platform.device_type == "cuda" and SUSPENDS in engine_arg_names():
+        # Where NCCL is older than 2.29.7 vLLM warns and leaves the memory as it is.
+        args.setdefault(SUSPENDS, True)
     outside = ambient.variables()
     try:
         config = EngineArgs(
@@ -220,6 +226,7 @@ class Engine:
         # Shutting the core down is `release`'s; vLLM's finalizer would do it again.
         if finalizer := getattr(llm.engine_core, "_finalizer", None):
             finalizer.detach()
+        world.settle()
         worker = llm.model_executor.driver_worker.worker
         return cls(
             llm,
@@ -343,8 +350,9 @@ class Engine:
             moved = Moved(moved.num_bytes + self._backend.num_weight_bytes)
         return moved
 
-    def release(self) -> None:
-        """Destroy the engine and its world and give everything back.
+    def release(self, *, orderly: bool = False) -> None:
+        """Destroy the engine and its world and give everything back; `orderly` where
+        its other ranks do so now and nothing is in flight (`World.close`).
 
         Raises `ReleaseIncomplete` if the model is still reachable afterwards, or the
         memory that it had is not back.
@@ -360,9 +368,12 @@ class Engine:
             core.shutdown()
             if finalizer := getattr(llm, "_finalizer", None):  # 0.23.0 has none
                 finalizer()
+        except BaseException:
+            orderly = False
+            raise
         finally:
             del self.llm, self._backend, llm, core
-            self.world.close()
+            self.world.close(orderly=orderly)
             _collect(self._device)
             _give_back(self._device, self._held)
         if (model := self._model()) is not None:

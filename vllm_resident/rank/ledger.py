@@ -13,8 +13,9 @@ from typing import Any
 from vllm_resident.errors import ReleaseIncomplete
 from vllm_resident.messages import RankGauges, StepCount
 from vllm_resident.rank import mapping
+from vllm_resident.rank.communicators import CommunicatorPool
 from vllm_resident.rank.device import Device
-from vllm_resident.rank.world import num_process_groups
+from vllm_resident.rank.world import num_process_groups, num_suspended_communicators
 
 # Other threads allocate meanwhile, and an allocator keeps what is less than a page.
 _TOLERANCE = 0.25
@@ -28,9 +29,11 @@ _steps: dict[str, tuple[int, float]] = {}
 MAX_NAMES = 200
 
 
-def read(device: Device, segment_token: str) -> RankGauges:
+def read(
+    device: Device, segment_token: str, communicators: CommunicatorPool | None = None
+) -> RankGauges:
     """The rank's gauges; `segment_token` is in the name of each of the pool's shared
-    segments. Any thread."""
+    segments, `communicators` are those kept here. Any thread."""
     used, total = device.memory()
     descriptors = os.listdir("/proc/self/fd")
     return RankGauges(
@@ -43,6 +46,9 @@ def read(device: Device, segment_token: str) -> RankGauges:
         num_process_groups=num_process_groups(),
         num_engines=sum(model() is not None for model in list(_models.values())),
         steps={name: StepCount(*count) for name, count in _steps.copy().items()},
+        num_kept_communicators=communicators.num if communicators else 0,
+        kept_communicator_bytes=communicators.num_bytes if communicators else 0,
+        num_suspended_communicators=num_suspended_communicators(),
     )
 
 

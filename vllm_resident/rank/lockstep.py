@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -40,6 +42,9 @@ from vllm_resident.errors import (
 )
 from vllm_resident.rank.versions import MultiModalCacheMissError
 
+# A rank forms one world at a time, and each generation once.
+_MAX_HELD = 64
+
 # vLLM's utility calls that change what a scheduler does next: every rank makes them at
 # the same step. None of them runs code or reads files that its caller names: of
 # adapters, only those that the engine was loaded with (`frontends.py` sees to that).
@@ -60,6 +65,8 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     `step` numbers the plans from 0; `digest` is of the outputs of the step before;
     `actions` are (request type, number of frames) of what is to be applied first, the
     frames following the header. `run`: take a step. `stop`: there is no next plan.
+    `hold`: no step follows before the world of this generation is formed and its engine
+    built, by whichever of the ranks it is.
     """
 
     step: int
@@ -67,6 +74,16 @@ class StepPlan(msgspec.Struct, array_like=True, frozen=True):
     run: bool
     stop: bool
     actions: list[tuple[bytes, int]]
+    hold: int = 0
+
+
+class Wish(msgspec.Struct, array_like=True, frozen=True):
+    """What a follower asks of its leader, the other way along the same line: to hold
+    the engine at the same step on every rank while it forms the world of a generation,
+    or (`done`) to hold it for that no longer."""
+
+    generation: int
+    done: bool
 
 
 class UtilityCall(msgspec.Struct, array_like=True, frozen=True):
@@ -171,11 +188,25 @@ class Leader(InprocClient):
         """Tell the followers that this was the last plan."""
         self._publish(run=False, stop=True)
 
+    def hold(self, generation: int) -> None:
+        """Tell the followers that no step follows before the world of `generation` is
+        there; the caller sees to that. Those that are gone are not missed."""
+        with suppress(RankFailure):
+            self._publish(run=False, hold=generation)
+
+    def take_wishes(self) -> list[tuple[int, Wish]]:
+        """What followers have asked since the last call, by their place."""
+        wishes = []
+        for follower, socket in enumerate(self._followers, start=1):
+            while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                wishes.append((follower, _decode_wish(socket.recv())))
+        return wishes
+
     def close(self) -> None:
         for socket in self._followers:
             socket.close()
 
-    def _publish(self, *, run: bool, stop: bool = False) -> None:
+    def _publish(self, *, run: bool, stop: bool = False, hold: int = 0) -> None:
         pending, self._pending = self._pending, []
         if self._followers:
             # Encoded before anything is applied: preprocessing may change a request.
@@ -184,7 +215,7 @@ class Leader(InprocClient):
                 (kind, len(parts))
                 for (kind, _), parts in zip(pending, frames, strict=True)
             ]
-            header = StepPlan(self._step, self._digest, run, stop, actions)
+            header = StepPlan(self._step, self._digest, run, stop, actions, hold)
             plan = [msgspec.msgpack.encode(header)]
             for parts in frames:
                 plan.extend(parts)
@@ -249,6 +280,10 @@ class Follower:
         self.stopped = False
         # Of the plans, those that said to step.
         self.num_steps = 0
+        # Worlds for which the leader has stopped stepping, the last ones. It may do so
+        # before this rank asks: another asked first, or it forms that world itself.
+        self.held: deque[int] = deque(maxlen=_MAX_HELD)
+        self._asked: set[int] = set()
 
     def follow(self) -> bool:
         """Take the next plan if there is one, without waiting; True if there was.
@@ -264,10 +299,30 @@ class Follower:
         for kind, item in self._decode(plan.actions, frames):
             _, self._digest = _apply(self._core, kind, item, self._digest)
         self.stopped = plan.stop
+        if plan.hold:
+            self.held.append(plan.hold)
         if plan.run:
             _, self._digest = _run(self._core, self._digest)
             self.num_steps += 1
         return True
+
+    def ask_to_hold(self, generation: int) -> None:
+        """Ask the leader for no more steps while this rank forms a world; it says when
+        in its plans (`held`). May be called again."""
+        if generation not in self._asked:
+            self._asked.add(generation)
+            self._wish(Wish(generation, done=False))
+
+    def end_hold(self, generation: int) -> None:
+        """Take back what was asked, if it was."""
+        if generation in self._asked:
+            self._asked.discard(generation)
+            self._wish(Wish(generation, done=True))
+
+    def _wish(self, wish: Wish) -> None:
+        # Without its leader the engine is over, which others find out.
+        with suppress(zmq.ZMQError):
+            self.socket.send(msgspec.msgpack.encode(wish), zmq.NOBLOCK)
 
     def close(self) -> None:
         self.socket.close()
@@ -307,6 +362,13 @@ class Follower:
             )
         self._step += 1
         return plan
+
+
+def _decode_wish(frame: bytes) -> Wish:
+    try:
+        return msgspec.msgpack.decode(frame, type=Wish)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a follower's wish: {error}") from error
 
 
 def _apply(core: EngineCore, kind: bytes, item: Any, before: int) -> tuple[Any, int]:

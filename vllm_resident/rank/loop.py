@@ -22,6 +22,7 @@ from vllm_resident.errors import (
     ResidentError,
 )
 from vllm_resident.rank import faults, lockstep, prefetch, server_options, turns
+from vllm_resident.rank.communicators import Budget, CommunicatorPool
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.engine import Engine, PhaseClock, abandon, configure
@@ -53,6 +54,7 @@ class RankLoop:
         control: Control,
         lines: Lines,
         owner: str,
+        communicators: CommunicatorPool,
     ) -> None:
         self._rank = rank
         self._device = device
@@ -60,7 +62,10 @@ class RankLoop:
         self._control = control
         self._lines = lines
         self._owner = owner
+        self._communicators = communicators
         self._session = ""
+        # Of what this rank was told to form last (`BuildEngine.turn`).
+        self._turn = 0
         self._hosted: dict[int, Hosted] = {}
         self._serving = Serving(rank, control)
         self._faults = faults.declared()
@@ -82,6 +87,7 @@ class RankLoop:
         for hosted in list(self._hosted.values()):
             self._release(hosted)
         self._lines.close()
+        self._communicators.close()
         return self._status
 
     def generations(self) -> list[int]:
@@ -108,8 +114,8 @@ class RankLoop:
 
     def _handle(self, command: messages.ToRankMessage) -> None:
         match command:
-            case messages.Welcome(session=session):
-                self._join(session)
+            case messages.Welcome():
+                self._join(command)
             case messages.ExitRank(reason=reason, failed=failed):
                 log.info("event=exit rank=%d reason=%r", self._rank, reason)
                 self._status = int(failed)
@@ -145,15 +151,28 @@ class RankLoop:
                 self._close(command)
             case messages.DropEngine(generation=generation):
                 self._drop(generation)
+            case messages.DropCommunicators(lost_rank=lost):
+                self._communicators.discard_of(lost)
 
-    def _join(self, session: str) -> None:
+    def _join(self, welcome: messages.Welcome) -> None:
         """Belong to this life of the controller; what an earlier one had built here is
         not in its books and goes."""
-        if self._session not in ("", session):
+        session = welcome.session
+        if self._session != session:
             for hosted in list(self._hosted.values()):
                 self._release(hosted)
+            self._turn = 0
         self._session = session
+        self._communicators.set_budget(self._budget(welcome))
         log.info("event=welcome rank=%d session=%s", self._rank, session)
+
+    def _budget(self, welcome: messages.Welcome) -> Budget:
+        budget = self._device.communicator_budget
+        num, num_bytes = welcome.max_communicators, welcome.max_communicator_bytes
+        return Budget(
+            budget.num if num is None else num,
+            budget.num_bytes if num_bytes is None else num_bytes,
+        )
 
     def _prepare(self, command: messages.PrepareEngine) -> None:
         since = time.monotonic()
@@ -199,6 +218,7 @@ class RankLoop:
         before = self._device.memory()[0]
         clock = PhaseClock(lambda phase: self._enter_phase(hosted, phase))
         try:
+            self._take_place(command.turn)
             self._construct(hosted, command, clock)
         # Building runs all of vLLM and the model's code: whatever it raises ends this
         # build, not this process.
@@ -211,6 +231,8 @@ class RankLoop:
                 abandon(error, hosted.world, self._device)
             self._release(hosted)
             return
+        finally:
+            self._end_hold(hosted)
         clock.stop()
         assert hosted.engine is not None
         self._control.send(
@@ -223,6 +245,15 @@ class RankLoop:
                 memory=hosted.engine.memory(),
             )
         )
+
+    def _take_place(self, turn: int) -> None:
+        """Worlds are formed in the controller's order alone: out of it, this rank and
+        another could wait for each other in two of them."""
+        if 0 < turn <= self._turn:
+            raise RankFailure(
+                f"told to form world {turn} after {self._turn}", phase="form_world"
+            )
+        self._turn = max(self._turn, turn)
 
     def _construct(
         self, hosted: Hosted, command: messages.BuildEngine, clock: PhaseClock
@@ -239,6 +270,11 @@ class RankLoop:
             backend=self._device.backend,
             timeout_s=command.timeout_s,
             on_start=lambda world: self._control.watch_world(generation, world),
+            device=self._device.bound(),
+            members=hosted.ranks,
+            communicators=self._communicators,
+            memory_used=lambda: self._device.memory()[0],
+            meanwhile=Beside(self, hosted),
         )
         hosted.world = world
         prepared, hosted.prepared = hosted.prepared, None
@@ -257,6 +293,8 @@ class RankLoop:
             hosted.leader = lockstep.Leader(hosted.engine.core, hosted.lines)
             hosted.engine.llm.engine_core = hosted.leader
             hosted.requests = Requests(hosted.engine.llm, hosted.leader)
+            for line in hosted.lines:
+                self._poller.register(line, zmq.POLLIN)
             hosted.frontends = Frontends(
                 hosted.engine.core,
                 hosted.leader,
@@ -297,6 +335,48 @@ class RankLoop:
                     self._step_engine(hosted)
         assert building.world is not None
         building.world.enter()
+
+    def serve_beside(self) -> None:
+        """While the others of a world to be formed are not there yet: a step of each
+        engine, of several ranks too. Only commands about requests are heard."""
+        for command in self._control.inbox.take_all():
+            if isinstance(command, _OF_REQUESTS):
+                self._survive(command)
+            else:
+                self._deferred.append(command)
+        self._step_engines()
+
+    def hold_beside(self, building: Hosted) -> bool:
+        """Have the engines of several ranks here stopped, each at the same step on all
+        of its ranks, while this one forms a world; True when they are.
+
+        Otherwise a rank that is in such a step would wait for one that is forming, and
+        that one, by way of the others of its world, for the first.
+        """
+        generation = building.generation
+        are_held = True
+        for each in self._beside(building):
+            if each.leader is not None:
+                self._serving.hold(each, 0, generation)
+            elif each.follower is not None and not each.follower.stopped:
+                each.follower.ask_to_hold(generation)
+                # Of one that was given up nothing is to be expected any more.
+                is_dropped = self._control.is_dropped(each.generation)
+                are_held &= is_dropped or generation in each.follower.held
+        return are_held
+
+    def _end_hold(self, building: Hosted) -> None:
+        for each in self._hosted.values():
+            each.holds.discard((0, building.generation))
+            if each.follower is not None:
+                each.follower.end_hold(building.generation)
+
+    def _beside(self, building: Hosted) -> list[Hosted]:
+        return [
+            each
+            for each in self._hosted.values()
+            if each is not building and each.steps and len(each.ranks) > 1
+        ]
 
     def _enter_phase(self, hosted: Hosted, phase: str) -> None:
         self._phase(hosted.generation, phase)
@@ -418,6 +498,12 @@ class RankLoop:
         if hosted.follower is not None and hosted.follower.socket in self._poller:
             self._poller.unregister(hosted.follower.socket)
 
+    def _stop_hearing(self, hosted: Hosted) -> None:
+        """Of a leader: its followers, for good."""
+        for line in hosted.lines:
+            if hosted.leader is not None and line in self._poller:
+                self._poller.unregister(line)
+
     # ------------------------------------------------------------------- the end
 
     def _close(self, command: messages.CloseEngine) -> None:
@@ -426,11 +512,11 @@ class RankLoop:
             # Nothing that steps: there is no step to stop at, and the answer is due.
             self._drop(command.generation)
         elif hosted.asleep and not hosted.failed:
-            self._finish_close(hosted)
+            self._finish_close(hosted, orderly=True)
         elif hosted.leader is not None and not hosted.failed:
             self._serving.end_requests(hosted)
             hosted.leader.stop()
-            self._finish_close(hosted)
+            self._finish_close(hosted, orderly=True)
         else:
             hosted.close_deadline = time.monotonic() + command.timeout_s
             self._check_stop(hosted)
@@ -445,7 +531,7 @@ class RankLoop:
         late = RankTimeout("the leader's stop plan did not come within the deadline")
         if hosted.close_deadline is not None:
             if stopped:
-                self._finish_close(hosted)
+                self._finish_close(hosted, orderly=not hosted.failed)
             elif now > hosted.close_deadline:
                 self._release(hosted)
                 self._fail(hosted.generation, late, "close")
@@ -463,10 +549,10 @@ class RankLoop:
             self._closed(generation, {}, self._device.memory()[0])
         self._control.forget(generation)
 
-    def _finish_close(self, hosted: Hosted) -> None:
+    def _finish_close(self, hosted: Hosted, *, orderly: bool = False) -> None:
         before = self._device.memory()[0]
         since = time.monotonic()
-        error = self._release(hosted)
+        error = self._release(hosted, orderly=orderly)
         if error is not None:
             if not isinstance(error, ReleaseIncomplete):
                 # Whatever it was, it cannot be said that everything was given back.
@@ -487,10 +573,12 @@ class RankLoop:
             )
         )
 
-    def _release(self, hosted: Hosted) -> Exception | None:
-        """Give back what the rank holds of the engine; returns what went wrong."""
+    def _release(self, hosted: Hosted, *, orderly: bool = False) -> Exception | None:
+        """Give back what the rank holds of the engine; returns what went wrong.
+        `orderly`: its other ranks do so too, at the same step."""
         self._hosted.pop(hosted.generation, None)
         self._stop_listening(hosted)
+        self._stop_hearing(hosted)
         if hosted.frontends is not None:
             hosted.frontends.close()
         for line in hosted.lines:
@@ -501,7 +589,7 @@ class RankLoop:
         hosted.requests = hosted.frontends = None
         try:
             if engine is not None:
-                engine.release()
+                engine.release(orderly=orderly)
         # Releasing runs vLLM's and torch's clean-up in whatever state a failure left.
         except Exception as error:
             log.exception("event=release_failed generation=%d", hosted.generation)
@@ -563,3 +651,17 @@ class RankLoop:
                 error=ErrorInfo(kind, text, self._rank, generation, phase),
             )
         )
+
+
+class Beside:
+    """What a rank does while the others of a world it forms are not there yet."""
+
+    def __init__(self, loop: RankLoop, building: Hosted) -> None:
+        self._loop = loop
+        self._building = building
+
+    def serve(self) -> None:
+        self._loop.serve_beside()
+
+    def hold(self) -> bool:
+        return self._loop.hold_beside(self._building)

@@ -21,6 +21,8 @@ from vllm_resident.rank.frontends import Frontends
 from vllm_resident.rank.requests import Requests
 from vllm_resident.rank.world import World
 
+_HOLD_POLL_S = 0.001
+
 
 @dataclass
 class Suspension:
@@ -49,6 +51,8 @@ class Hosted:
     requests: Requests | None = None
     frontends: Frontends | None = None
     failed: bool = False
+    # Of a leader: by whom it is held, and for which world (`Serving.hold`).
+    holds: set[tuple[int, int]] = field(default_factory=set)
     close_deadline: float | None = None
     suspension: Suspension | None = None
     lines: list[zmq.Socket[bytes]] = field(default_factory=list)
@@ -150,9 +154,30 @@ class Serving:
 
     def hear(self, hosted: Hosted) -> bool:
         """Take what an engine's frontends have sent; True if there was anything."""
+        if hosted.leader is not None:
+            self._hear_followers(hosted)
         if hosted.frontends is None or hosted.failed:
             return False
         return hosted.frontends.receive(hold=hosted.asleep)
+
+    def _hear_followers(self, hosted: Hosted) -> None:
+        assert hosted.leader is not None
+        for follower, wish in hosted.leader.take_wishes():
+            if wish.done:
+                hosted.holds.discard((follower, wish.generation))
+            else:
+                self.hold(hosted, follower, wish.generation)
+
+    def hold(self, hosted: Hosted, place: int, generation: int) -> None:
+        """On the leader: no step from here on, until whoever asked (by its place in
+        the engine) has formed the world of `generation`. Its rank could not take part:
+        whoever steps would wait for it, and it perhaps for them."""
+        assert hosted.leader is not None
+        assert hosted.engine is not None
+        if not any(world == generation for _, world in hosted.holds):
+            hosted.engine.world.enter()
+            hosted.leader.hold(generation)
+        hosted.holds.add((place, generation))
 
     def step(self, hosted: Hosted) -> bool:
         """Let an engine do what it can: a leader one step, a follower what the next
@@ -165,7 +190,7 @@ class Serving:
             engine.world.enter()
             return self._follow(hosted.name, hosted.follower)
         assert hosted.leader is not None
-        if not hosted.has_work:
+        if not hosted.has_work or hosted.holds:
             return False
         self._lead(hosted)
         if not hosted.has_work:
@@ -188,14 +213,22 @@ class Serving:
         assert engine is not None
         assert leader is not None
         while hosted.has_work and time.monotonic() < finish_by:
-            self._lead(hosted)
+            self._lead_or_wait(hosted)
         self.end_requests(hosted)
         while hosted.has_work:
             if time.monotonic() > deadline:
                 raise RankTimeout("it still has work at the deadline", phase="stop")
-            self._lead(hosted)
+            self._lead_or_wait(hosted)
         engine.world.enter()
         leader.stop()
+
+    def _lead_or_wait(self, hosted: Hosted) -> None:
+        """A step, or a moment of waiting for followers that form a world."""
+        if not hosted.holds:
+            self._lead(hosted)
+            return
+        time.sleep(_HOLD_POLL_S)
+        self._hear_followers(hosted)
 
     def _lead(self, hosted: Hosted) -> None:
         assert hosted.engine is not None

@@ -19,6 +19,7 @@ from vllm_resident import shm
 from vllm_resident.errors import CommandRejected
 from vllm_resident.messages import Completion
 from vllm_resident.rank import device as devices
+from vllm_resident.rank.communicators import CommunicatorPool
 from vllm_resident.rank.prepare import prepare_process
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def engine(
     `RankTimeout` for ranks that do not
     come, `ReleaseIncomplete` if something is still held at the end.
     """
-    store, device, owner, rank, world_size = _process()
+    store, device, owner, rank, world_size, communicators = _process()
     members = list(ranks) if ranks is not None else list(range(world_size))
     if rank not in members or len(set(members)) != len(members):
         raise CommandRejected(
@@ -150,6 +151,10 @@ def engine(
         store=store,
         backend=device.backend,
         timeout_s=WORLD_TIMEOUT_S,
+        device=device.bound(),
+        members=members,
+        communicators=communicators,
+        memory_used=lambda: device.memory()[0],
     )
     try:
         built = Engine.build(prepared, world, device, on_phase=lambda _: None)
@@ -157,15 +162,18 @@ def engine(
     except BaseException as error:
         abandon(error, world, device)
         raise
+    orderly = False
     try:
         yield SpmdEngine(built, members)
+        orderly = True
     finally:
-        built.release()
+        built.release(orderly=orderly)
 
 
 @cache
-def _process() -> tuple[Store, devices.Device, str, int, int]:
-    """Prepare this process once: (store, device, owner token, rank, world size).
+def _process() -> tuple[Store, devices.Device, str, int, int, CommunicatorPool]:
+    """Prepare this process once: (store, device, owner token, rank, world size, what
+    is kept of worlds that are closed).
 
     RANK and WORLD_SIZE are read here, before a world puts its own numbers there.
     """
@@ -175,6 +183,7 @@ def _process() -> tuple[Store, devices.Device, str, int, int]:
         int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
     )
     from vllm_resident.rank.engine import warm_up
+    from vllm_resident.rank.groups import destroy
     from vllm_resident.rank.world import connect_store
 
     # What `release` froze would be reported as leaked by the extensions' own checks.
@@ -185,4 +194,5 @@ def _process() -> tuple[Store, devices.Device, str, int, int]:
     gc.collect()
     gc.freeze()
     store = connect_store(WORLD_TIMEOUT_S)
-    return store, device, shm.owner_token(os.getppid()), rank, world_size
+    kept = CommunicatorPool(device.communicator_budget, destroy)
+    return store, device, shm.owner_token(os.getppid()), rank, world_size, kept

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
 
 # Peers that come within milliseconds are met at once; one that takes minutes does not
 # cost the launcher's store a thousand questions a second from each rank.
-_FIRST_POLL_S = 0.001
+_FIRST_POLL_S = 0.0003
 _LAST_POLL_S = 0.05
 _POLL_GROWTH = 1.3
+# While something else is served between two polls.
+_SERVING_POLL_S = 0.005
 
 
 class StoreCancelled(RuntimeError):
@@ -44,6 +47,17 @@ class CancellableStore(dist.Store):
         """End every wait, now and later, with `StoreCancelled`; any thread."""
         self._cancelled.set()
 
+    def of_one_group(self, name: str) -> CancellableStore:
+        """A store for one group's keys, under this one's prefix, that can outlive it
+        and is cancelled by itself."""
+        return CancellableStore(self._store, f"groups/{name}", self._timeout_s)
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long, for something that is not in the store; raises
+        `StoreCancelled` when called off."""
+        if self._cancelled.wait(seconds):
+            raise StoreCancelled("what was waited for was called off")
+
     def delete_written(self) -> None:
         """Delete the keys written through this object; no-op for those gone already.
 
@@ -62,6 +76,13 @@ class CancellableStore(dist.Store):
         value: bytes = self._store.get(key)
         return value
 
+    def get_all(self, keys: list[str]) -> list[bytes]:
+        """The values of keys that are there, by one question where the store can."""
+        if self._store.has_extended_api():
+            values: list[bytes] = self._store.multi_get(keys)
+            return values
+        return [self._store.get(key) for key in keys]
+
     def add(self, key: str, amount: int) -> int:
         self._written.add(key)
         total: int = self._store.add(key, amount)
@@ -71,12 +92,21 @@ class CancellableStore(dist.Store):
         present: bool = self._store.check(keys)
         return present
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+    def wait(
+        self,
+        keys: list[str],
+        timeout: timedelta | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """`meanwhile` is called between two looks, on this thread."""
         timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
         deadline = time.monotonic() + timeout_s
         pause_s = _FIRST_POLL_S
         while not self._store.check(keys):
-            pause_s = min(pause_s * _POLL_GROWTH, _LAST_POLL_S)
+            if meanwhile is not None:
+                meanwhile()
+            longest_s = _LAST_POLL_S if meanwhile is None else _SERVING_POLL_S
+            pause_s = min(pause_s * _POLL_GROWTH, longest_s)
             if self._cancelled.wait(pause_s):
                 raise StoreCancelled(f"waiting for {keys} was called off")
             if time.monotonic() > deadline:

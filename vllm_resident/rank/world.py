@@ -3,9 +3,10 @@
 torch.distributed allows one default group at a time, and vLLM enters one
 `ParallelState` at a time (patches/, parallel-state). A `World` owns one of each and
 swaps them in, so that several engines with different layouts live in one process. Ranks
-are 0..n-1 *inside* the world: vLLM sees a world of exactly its own size. This module
-knows nothing of engines and, with `store`, is the only one that touches
-torch.distributed and vLLM's parallel state.
+are 0..n-1 *inside* the world: vLLM sees a world of exactly its own size. Its groups are
+made, or taken from what the rank has kept, by `groups`; what a platform has beside
+vLLM's state is in `holders`. This module knows nothing of engines; these and `store`
+are the only ones that touch torch.distributed and vLLM's parallel state.
 """
 
 from __future__ import annotations
@@ -14,23 +15,31 @@ import hashlib
 import os
 import re
 import sys
+import threading
+import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
 from torch.distributed import distributed_c10d as c10d
-from vllm.distributed import parallel_state
 
 from vllm_resident.errors import RankTimeout
 from vllm_resident.rank import ambient, mapping
+from vllm_resident.rank.communicators import CommunicatorPool, Offer, agree
+from vllm_resident.rank.groups import Groups, abort, let_go, unregister
+from vllm_resident.rank.holders import Holders
 from vllm_resident.rank.store import CancellableStore
 
+_HOLD_POLL_S = 0.001
+# An abort from the control thread, and one that a closing world waits for.
+_ABORT_PATIENCE_S = 1.0
+_ABORT_S = 10.0
 # Groups one world may create before its names could meet another world's.
 _NAMES_PER_WORLD = 1 << 12
 # What vLLM reads of the environment about its place in the world.
@@ -60,6 +69,8 @@ class _PrivateWorld(c10d._World):
             )
         }
         self._group_count = first_name
+        # Where its groups come from; None: torch makes and destroys them itself.
+        self.groups: Groups | None = None
 
     pg_map = property(lambda self: self._maps["pg_map"])
     pg_names = property(lambda self: self._maps["pg_names"])
@@ -90,8 +101,37 @@ def _set_c10d(values: dict[str, Any]) -> None:
 
 def num_process_groups() -> int:
     """The process groups of all worlds that are alive here; any thread."""
+    return sum(len(world._c10d.pg_map) for world in _alive())
+
+
+def num_suspended_communicators() -> int:
+    """Those of sleeping engines whose memory NCCL has given back; any thread."""
+    communicators = [
+        _vllm_nccl(group) for world in _alive() for group in world._holders.groups()
+    ]
+    return sum(getattr(each, "_suspended", False) for each in communicators)
+
+
+def _vllm_nccl(group: Any) -> Any:
+    """The NCCL communicator that vLLM made for a group beside torch's, if it did."""
+    communicator = getattr(group, "device_communicator", None)
+    return getattr(communicator, "pynccl_comm", None)
+
+
+def _alive() -> list[World]:
     worlds = [world() for world in list(_worlds.values())]
-    return sum(len(world._c10d.pg_map) for world in worlds if world is not None)
+    return [world for world in worlds if world is not None]
+
+
+class Meanwhile(Protocol):
+    """What a rank goes on doing while it waits for the others to come to a meeting."""
+
+    def serve(self) -> None:
+        """Do a little of it; called again and again."""
+
+    def hold(self) -> bool:
+        """Stop it: all have come, and this rank is about to wait where nothing else
+        can be done. Called until it gives True, `serve` in between."""
 
 
 class World:
@@ -126,7 +166,10 @@ class World:
         first_name = int.from_bytes(digest, "big") * _NAMES_PER_WORLD
         self._c10d = _PrivateWorld(first_name)
         self._c10d_values = {**_C10D_PRISTINE, "_world": self._c10d}
-        self._parallel = parallel_state.ParallelState()
+        self._holders = Holders()
+        self._device: torch.device | None = None
+        self._is_aborted = False
+        self._aborting: threading.Thread | None = None
         place = (str(rank), str(size), str(local_rank), self.segment_token)
         self._ambient = ambient.fresh(dict(zip(_PLACE, place, strict=True)))
         key = id(self)
@@ -145,6 +188,11 @@ class World:
         backend: str,
         timeout_s: float,
         on_start: Callable[[World], None] = lambda _: None,
+        device: torch.device | None = None,
+        members: Sequence[int] = (),
+        communicators: CommunicatorPool | None = None,
+        memory_used: Callable[[], int] = lambda: 0,
+        meanwhile: Meanwhile | None = None,
     ) -> World:
         """Form the world together with its other `size - 1` ranks; blocks.
 
@@ -153,16 +201,28 @@ class World:
         the identity it names the world's shared memory. `timeout_s` bounds the meeting
         and the default group's collectives; vLLM gives its own groups the engine's
         `distributed_timeout_seconds`, or torch's default. `on_start` is given the world
-        before the first wait, so that another thread can `abort` it. Raises
-        `RankTimeout` naming the ranks that did not come, `StoreCancelled` when aborted;
-        either way nothing is left but, of the former, one key in the store. The world
-        is entered when this returns.
+        before the first wait, so that another thread can `abort` it. With a `device`
+        the default group is bound to it, and connected at once where its backend can.
+
+        `communicators` is what this rank has kept; groups over the same `members` (the
+        world's ranks as ranks of the pool) are taken from it, and told apart by
+        `memory_used`, the device's. Until all have come, `meanwhile` is served.
+
+        Raises `RankTimeout` naming the ranks that did not come, `StoreCancelled` when
+        aborted; either way nothing is left but, of the former, one key in the store.
+        The world is entered when this returns.
         """
         cancellable = CancellableStore(store, identity, timeout_s)
         world = cls(identity, rank, size, local_rank, owner, cancellable)
+        world._device = device
+        if communicators is not None and communicators.budget.num:
+            world._c10d.groups = Groups(
+                communicators, members, rank, identity, cancellable, timeout_s,
+                memory_used,
+            )  # fmt: skip
         on_start(world)
         try:
-            world._meet(timeout_s)
+            world._meet(timeout_s, meanwhile)
             world.enter()
             world._init_default_group(backend, timeout_s)
         except RankTimeout:
@@ -185,24 +245,78 @@ class World:
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
+                device_id=self._device,
             )
         finally:
             # init_process_group wraps the hook anew each time (torch 2.13): over many
             # worlds that is a leak and an ever longer prefix.
             sys.excepthook = hook
 
-    def _meet(self, timeout_s: float) -> None:
-        """Wait until every rank is about to form the world, and say which is not."""
-        keys = [f"meet/{rank}" for rank in range(self.size)]
-        self.store.set(keys[self.rank], b"1")
+    def _meet(self, timeout_s: float, meanwhile: Meanwhile | None) -> None:
+        """Wait until every rank is about to form the world, and say which is not; then
+        agree on what is used again.
+
+        In two steps, because a rank that waits here for another may be what that one
+        waits for in a collective of an engine that serves: until all have come each
+        goes on serving, then each leader stops its followers at the same step.
+        """
+        deadline = time.monotonic() + timeout_s
+        serve = None if meanwhile is None else meanwhile.serve
+        groups = self._c10d.groups
+        keeps = self._exchange("meet", groups is not None, bool, deadline, serve)
+        while meanwhile is not None and not meanwhile.hold():
+            meanwhile.serve()
+            self.store.pause(_HOLD_POLL_S)
+            if time.monotonic() > deadline:
+                raise RankTimeout(
+                    f"an engine beside world {self.identity} was not held by its "
+                    f"leader within {timeout_s:g} s"
+                )
+        # Else some rank would take what another cannot know of.
+        if groups is not None and all(keeps):
+            self._agree(groups, deadline)
+
+    def _agree(self, groups: Groups, deadline: float) -> None:
+        """What may be used again, proven by a collective on each."""
+        offers = self._exchange("offer", groups.offers(), list[Offer], deadline)
+        agreement = agree(dict(zip(groups.members, offers, strict=True)))
+        groups.settle_on(agreement)
+        if not (doubtful := agreement.worth_a_check()):
+            return
+        # With time left to say so, and to make anew what failed.
+        failed = groups.check(doubtful, (deadline - time.monotonic()) / 2)
+        everywhere = self._exchange("checked", failed, list[str], deadline)
+        broken = {name for names in everywhere for name in names}
+        groups.settle_on(agreement.without(broken))
+
+    def _exchange(
+        self,
+        point: str,
+        mine: Any,
+        kind: Any,
+        deadline: float,
+        serve: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """What each rank says at this point, in their order; `RankTimeout` names those
+        that do not."""
+        keys = [f"{point}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], msgspec.msgpack.encode(mine))
+        timeout_s = max(deadline - time.monotonic(), 0.0)
         try:
-            self.store.wait(keys, timedelta(seconds=timeout_s))
+            self.store.wait(keys, timedelta(seconds=timeout_s), serve)
         except dist.DistStoreError as error:
             absent = [r for r, key in enumerate(keys) if not self.store.check([key])]
             raise RankTimeout(
                 f"ranks {absent} of world {self.identity} did not come to form it "
-                f"within {timeout_s:g} s"
+                f"within {timeout_s:.3g} s"
             ) from error
+        said = self.store.get_all(keys)
+        return [msgspec.msgpack.decode(each, type=kind) for each in said]
+
+    def settle(self) -> None:
+        """Its groups are made; any that comes later is made anew."""
+        if self._c10d.groups is not None:
+            self._c10d.groups.settle()
 
     def enter(self) -> None:
         """Make this the process's distributed state; free if it is already."""
@@ -214,7 +328,7 @@ class World:
             World._entered.leave()
         World._outside = ambient.capture()
         _set_c10d(self._c10d_values)
-        self._parallel.enter()
+        self._holders.enter()
         ambient.restore(self._ambient)
         World._entered = self
 
@@ -223,7 +337,7 @@ class World:
         if World._entered is not self:
             return
         self._c10d_values = {name: getattr(c10d, name) for name in _C10D_PRISTINE}
-        self._parallel.leave()
+        self._holders.leave()
         self._ambient = ambient.capture()
         self._step_out()
 
@@ -241,62 +355,128 @@ class World:
             {name: each for name, each in variables.items() if name not in _PLACE}
         )
 
+    def call_off(self) -> None:
+        """End every wait in the store, now and later; any thread. The world must be
+        closed afterwards, and none of its groups is kept."""
+        self._is_aborted = True
+        self.store.cancel()
+        # The main thread may be closing the world.
+        if (groups := self._c10d.groups) is not None:
+            groups.abort()
+
     def abort(self) -> None:
         """Make waits in the store and collectives in flight fail, from any thread; the
-        world must be closed afterwards. Gloo cannot abort (torch 2.13): its collectives
-        fail when a peer closes the world. The CPU's shared-memory collectives spin on.
+        world must be closed afterwards, and none of its groups is kept. Gloo cannot
+        abort (torch 2.13): its collectives fail when a peer closes the world. The
+        CPU's shared-memory collectives, and CUDA's custom all-reduce, spin on.
         """
-        self.store.cancel()
-        for group in list(self._c10d.pg_map):
-            with suppress(RuntimeError):
-                group.abort()
+        self.call_off()
+        self._start_abort().join(_ABORT_PATIENCE_S)
 
-    def close(self) -> None:
+    def _start_abort(self) -> threading.Thread:
+        """On a thread of its own: aborting NCCL can wait for CUDA graphs to go."""
+        if self._aborting is None or not self._aborting.is_alive():
+            self._aborting = threading.Thread(
+                target=self._abort_groups, name="abort", daemon=True
+            )
+            self._aborting.start()
+        return self._aborting
+
+    def _abort_groups(self) -> None:
+        # vLLM's own NCCL communicators; each waits up to 5 s for its abort.
+        for group in list(self._holders.groups()):
+            communicator = _vllm_nccl(group)
+            if communicator is not None:
+                threading.Thread(target=communicator.destroy, daemon=True).start()
+        names = dict(self._c10d.pg_names)
+        groups = sorted(names, key=lambda each: names[each], reverse=True)
+        with _as_one(groups):
+            for group in groups:
+                abort(group)
+
+    def close(self, *, orderly: bool = False) -> None:
         """Destroy the groups and give back what they held. May be called twice.
 
         Not collective: a rank may close alone, its peers' collectives then fail (with
         gloo, which cannot be shut down, once nothing holds the groups any more).
+        `orderly`: every rank closes now, none is in a collective: then groups may be
+        kept for a world to come. Otherwise they are aborted.
         """
         if self.closed:
             return
+        orderly = orderly and not self._is_aborted and self._is_idle()
+        if not orderly:
+            self._start_abort()
+        if self._aborting is not None:
+            self._aborting.join(_ABORT_S)
         self.enter()
         groups = list(self._c10d.pg_map)
+        if (mine := self._c10d.groups) is not None:
+            mine.begin_close(keep=orderly)
         try:
-            self._untie_groups()
-            self._parallel.close()
+            self._close_handles()
+            self._holders.close()
+        except BaseException:
+            if mine is not None:
+                mine.abort()
+            raise
         finally:
             self._destroy_groups()
-            _let_go(groups)
+            if mine is not None and mine.end_close():
+                groups.clear()
+            let_go(groups)
             self._step_out()
             self.closed = True
             self._c10d_values = {}
+            self._c10d.groups = None
             del self._ambient
             # The launcher, whose store it is, may be gone already.
             with suppress(dist.DistError):
                 self.store.delete_written()
             mapping.release_shared(self.segment_token)
 
-    def _untie_groups(self) -> None:
-        """Break the cycle that vLLM's CPU communicator makes round its groups (0.32.0,
-        distributed/device_communicators/cpu_communicator.py): their sockets and threads
-        would stay until a garbage collection."""
-        for group in vars(parallel_state).values():
+    def _is_idle(self) -> bool:
+        """Wait for what was begun on the device; False if it ended in an error."""
+        if self._device is None:
+            return True
+        try:
+            torch.accelerator.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True
+
+    def _close_handles(self) -> None:
+        """End what rests on groups before they go: memory that is mapped from other
+        ranks, which vLLM leaves to its garbage (0.32.0, distributed/
+        device_communicators/cuda_communicator.py); and the cycle that its CPU
+        communicator makes round them (cpu_communicator.py), without which their sockets
+        and threads would stay until a garbage collection."""
+        for group in self._holders.groups():
             communicator = getattr(group, "device_communicator", None)
             if hasattr(communicator, "dist_module"):
                 del communicator.dist_module
+            for name in ("ca_comm", "qr_comm", "symm_mem_comm"):
+                if (handle := getattr(communicator, name, None)) is not None:
+                    getattr(handle, "close", lambda: None)()
+                    setattr(communicator, name, None)
+        for entries in _by_group_name():
+            for name in self._c10d.pg_names.values():
+                entries.pop(name, None)
 
     def _destroy_groups(self) -> None:
-        """Shut down the groups still registered, by name, newest first.
+        """Shut down the groups still registered, by name, newest first, but for those
+        that are kept.
 
         `destroy_process_group()` would do this too, but it also clears the process-wide
         C++ registry, in which other live worlds have their groups (torch 2.13).
         """
-        names = self._c10d.pg_names
+        names = dict(self._c10d.pg_names)
         for group in sorted(names, key=lambda each: names[each], reverse=True):
+            if self._c10d.groups is not None and self._c10d.groups.retire(group):
+                continue
             with suppress(RuntimeError):
                 group.shutdown()
-            with suppress(RuntimeError):
-                torch._C._distributed_c10d._unregister_process_group(group.group_name)
+            unregister(group)
         for entries in self._c10d._maps.values():
             entries.clear()
         self._c10d.pg_coalesce_state.clear()
@@ -310,14 +490,35 @@ class World:
         self.leave()
 
 
-def _let_go(groups: list[dist.ProcessGroup]) -> None:
-    """Drop the last references side by side and empty the list: the end of a gloo group
-    joins a thread that looks up every 10 ms (torch 2.13, gloo/transport/tcp/loop.cc),
-    with the GIL released."""
-    # Not `map`: its arguments would hold them.
-    with ThreadPoolExecutor(max(len(groups), 1)) as threads:
-        while groups:
-            threads.submit([groups.pop()].clear)
+@contextmanager
+def _as_one(groups: list[dist.ProcessGroup]) -> Iterator[None]:
+    """Abort NCCL's communicators as one operation, so that they do not wait for each
+    other (torch 2.13, distributed_c10d._abort_process_group)."""
+    first = next((b for g in groups if (b := _nccl_backend(g)) is not None), None)
+    if first is not None:
+        first._group_start()
+    try:
+        yield
+    finally:
+        if first is not None:
+            first._group_end()
+
+
+def _nccl_backend(group: dist.ProcessGroup) -> Any:
+    if not dist.is_nccl_available() or type(group) is not dist.ProcessGroup:
+        return None
+    with suppress(RuntimeError):
+        backend = group._get_backend(torch.device("cuda"))
+        if isinstance(backend, c10d.ProcessGroupNCCL):
+            return backend
+    return None
+
+
+def _by_group_name() -> list[dict[str, Any]]:
+    """What torch keeps of symmetric memory by the names of groups (torch 2.13)."""
+    module = sys.modules.get("torch.distributed._symmetric_memory")
+    names = ("_group_name_to_store", "_group_name_to_workspace_tensor")
+    return [getattr(module, name, {}) for name in names]
 
 
 def connect_store(timeout_s: float) -> dist.TCPStore:

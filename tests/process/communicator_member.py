@@ -1,0 +1,486 @@
+"""One of N processes that form worlds over SIMULATED device groups and keep them.
+
+Run as `python -m tests.process.communicator_member JSON SCENARIO...`, otherwise like
+`world_member`: vLLM's own parallel state, no engine. The JSON has what a scenario is
+to do (`num_layouts`, `creation_s`, ...). Each prints `RESULT {...}` lines.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm_resident.rank.prepare import prepare_process
+
+RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+DEVICE = prepare_process(RANK, SIZE)
+PLAN = json.loads(sys.argv[1])
+
+# ruff: noqa: E402
+import torch
+import torch.distributed as dist
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
+
+from tests.simulation import ascend as stand_in
+from tests.simulation import backend as simulation
+from vllm_resident import shm
+from vllm_resident.rank import holders, ledger
+from vllm_resident.rank.communicators import Budget, CommunicatorPool
+from vllm_resident.rank.groups import destroy
+from vllm_resident.rank.world import World, connect_store
+
+OWNER = shm.owner_token(os.getppid())
+STORE = connect_store(60.0)
+BACKEND = "hccl"
+ALL = list(range(SIZE))
+POOL = CommunicatorPool(Budget(PLAN.get("num", 1000)), destroy)
+CONFIG = VllmConfig()
+# When each world was formed, vLLM's own groups not yet in it.
+FORMED: list[float] = []
+log = logging.getLogger(__name__)
+
+simulation.install("simulated_nccl")
+simulation.install("hccl", creation_s=PLAN.get("creation_s", 0.0))
+
+
+def form(
+    identity: str,
+    members: list[int],
+    timeout_s: float = 60.0,
+    *,
+    settle: bool = True,
+    **how: Any,
+) -> World:
+    """The world over `members`, this rank among them, with vLLM's groups in it; more
+    are to come unless it is settled."""
+    world = World.form(
+        identity=identity,
+        rank=members.index(RANK),
+        size=len(members),
+        local_rank=RANK,
+        owner=OWNER,
+        store=STORE,
+        backend=BACKEND,
+        timeout_s=timeout_s,
+        members=members,
+        **{"communicators": POOL, "memory_used": lambda: DEVICE.memory()[0], **how},
+    )
+    FORMED.append(time.perf_counter())
+    with set_current_vllm_config(CONFIG):
+        parallel_state.init_distributed_environment(
+            len(members), members.index(RANK), "env://", RANK, BACKEND
+        )
+        parallel_state.initialize_model_parallel(len(members), 1, backend=BACKEND)
+    if settle:
+        world.settle()
+    return world
+
+
+def meet(point: str, ranks: list[int] = ALL) -> None:
+    """Wait for these processes, outside every world."""
+    if STORE.add(f"meet/{point}", 1) == len(ranks):
+        STORE.set(f"meet/{point}/all", b"1")
+    STORE.wait([f"meet/{point}/all"])
+
+
+def sums(world: World) -> list[float]:
+    """2**member, summed over the world's groups of both kinds."""
+    world.enter()
+    group = parallel_state.get_tp_group()
+    found = []
+    for each in (group.cpu_group, group.device_group, None):
+        mine = torch.full((8,), float(2**RANK))
+        dist.all_reduce(mine, group=each)
+        found.append(mine[0].item())
+    return found
+
+
+def are_right(found: list[float], members: list[int]) -> bool:
+    return set(found) == {float(sum(2**member for member in members))}
+
+
+def say(scenario: str, **result: Any) -> None:
+    line = json.dumps({"scenario": scenario, "rank": RANK, **result})
+    sys.stdout.write(f"RESULT {line}\n")
+    sys.stdout.flush()
+
+
+def gauges() -> list[int]:
+    """Descriptors, threads and groups, without vLLM's garbage."""
+    gc.collect()
+    read = ledger.read(DEVICE, OWNER)
+    return [read.num_file_descriptors, read.num_threads, read.num_process_groups]
+
+
+def partition(draw: random.Random) -> list[list[int]]:
+    """A layout: the ranks dealt out to worlds."""
+    worlds: list[list[int]] = []
+    for rank in ALL:
+        place = draw.randrange(len(worlds) + 1)
+        if place == len(worlds):
+            worlds.append([])
+        worlds[place].append(rank)
+    return worlds
+
+
+# ------------------------------------------------------------------- scenarios
+
+
+def layouts() -> None:
+    """Random layouts one after the other: what the first and the next time cost."""
+    draw = random.Random(PLAN["seed"])
+    known = [partition(draw) for _ in range(PLAN["num_distinct"])]
+    seen: set[tuple[int, ...]] = set()
+    rows = []
+    for number in range(PLAN["num_layouts"]):
+        layout = draw.choice(known)
+        mine = next(world for world in layout if RANK in world)
+        is_known = tuple(mine) in seen
+        seen.add(tuple(mine))
+        made = POOL.counts.made
+        meet(f"layouts/{number}")
+        since = time.perf_counter()
+        world = form(f"layouts-{number}-{mine[0]}", mine)
+        took = time.perf_counter() - since
+        right = are_right(sums(world), mine)
+        world.close(orderly=True)
+        formed_s = FORMED[-1] - since
+        made = POOL.counts.made - made
+        rows.append([len(mine), is_known, took, formed_s, right, made])
+    say("layouts", rows=rows, kept=POOL.num, open=simulation.num_open())
+
+
+def without_pool() -> None:
+    """The same world twice with nothing kept."""
+    meet("without_pool")
+    rows = []
+    for number in range(2):
+        meet(f"without_pool/{number}")
+        since = time.perf_counter()
+        world = form(f"without-{number}", ALL, communicators=None)
+        rows.append(time.perf_counter() - since)
+        world.close(orderly=True)
+    say("without_pool", rows=rows)
+
+
+def interleaved() -> None:
+    """Worlds over overlapping ranks, formed in an order all know, several alive at a
+    time, closed by each rank when and in which order it likes."""
+    order, mine = random.Random(5), random.Random(RANK)
+    alive: list[World] = []
+    right, num_formed, most = True, 0, 0
+    for number in range(PLAN["num_worlds"]):
+        members = order.sample(ALL, order.randint(1, SIZE))
+        if RANK not in members:
+            continue
+        time.sleep(mine.choice([0, 0, 0.002]))
+        world = World.form(
+            identity=f"interleaved-{number}",
+            rank=members.index(RANK),
+            size=len(members),
+            local_rank=RANK,
+            owner=OWNER,
+            store=STORE,
+            backend=BACKEND,
+            timeout_s=30.0,
+            members=members,
+            communicators=POOL,
+        )
+        # One more group, which those who are not in it make too.
+        part = dist.new_group(list(range(max(1, len(members) - 1))))
+        world.settle()
+        total = torch.full((2,), float(2**RANK))
+        dist.all_reduce(total)
+        right &= are_right(total.tolist(), members)
+        if world.rank < max(1, len(members) - 1):
+            dist.barrier(group=part)
+        world.leave()
+        num_formed += 1
+        alive.append(world)
+        most = max(most, len(alive))
+        while len(alive) > mine.randint(0, 3):
+            alive.pop(mine.randrange(len(alive))).close(orderly=True)
+    for world in alive:
+        world.close(orderly=True)
+    say("interleaved", right=right, formed=num_formed, most=most)
+
+
+def budget() -> None:
+    """However many worlds come and go, no more is kept than is allowed, and when that
+    is given up nothing is left."""
+    # Twice the same: what the first of its kind leaves in a process for good is there.
+    for turn in ("first", "again"):
+        POOL.close()
+        meet(f"budget/{turn}")
+        before = gauges()
+        meet(f"budget/{turn}/begun")
+        destroyed = POOL.counts.destroyed
+        most = _many_worlds(turn)
+        destroyed = POOL.counts.destroyed - destroyed
+        told, is_within = _communicators_of_some_bytes(turn)
+        POOL.close()
+        meet(f"budget/{turn}/closed")
+        after = gauges()
+    POOL.set_budget(Budget(1000))
+    say(
+        "budget",
+        most=most,
+        before=before,
+        after=after,
+        open=simulation.num_open(),
+        destroyed=destroyed,
+        told=told,
+        within=is_within,
+    )
+
+
+def _many_worlds(turn: str) -> int:
+    """The most that was kept, or open while no world was."""
+    POOL.set_budget(Budget(PLAN["small_budget"]))
+    draw = random.Random(11)
+    most = 0
+    for number in range(PLAN["num_small"]):
+        mine = next(world for world in partition(draw) if RANK in world)
+        meet(f"budget/{turn}/{number}")
+        world = form(f"budget-{turn}-{number}-{mine[0]}", mine)
+        assert are_right(sums(world), mine)
+        world.close(orderly=True)
+        most = max(most, POOL.num, simulation.num_open())
+    POOL.close()
+    return most
+
+
+def _communicators_of_some_bytes(turn: str) -> tuple[float, bool]:
+    """What the rank says they have by what they have, and whether a limit holds."""
+    size, limit = 8 * 2**20, 20 * 2**20
+    simulation.settings.num_bytes = size
+    POOL.set_budget(Budget(1000))
+    form(f"budget-{turn}-bytes", ALL).close(orderly=True)
+    simulated = [each for each in POOL.within(ALL) if each.key.backend == BACKEND]
+    told = sum(each.num_bytes for each in simulated) / (size * len(simulated))
+    POOL.set_budget(Budget(1000, limit))
+    simulation.settings.num_bytes = 0
+    return told, 0 < POOL.num_bytes <= limit
+
+
+def _failing(name: str, members: list[int], abort_after_s: float | None) -> None:
+    """Every member goes on with collectives until one of them fails for it."""
+    kept = POOL.num
+    world = form(name, members, timeout_s=PLAN["timeout_s"])
+    names = [each.name for each in world._c10d.groups._mine.values()]
+    sums(world)
+    if abort_after_s is not None:
+        threading.Timer(abort_after_s, world.abort).start()
+    meet(f"{name}/ready", members)
+    if PLAN["victim"] == RANK:
+        simulation.settings.fault = PLAN["fault"]
+        simulation.settings.at = simulation._num_collectives + 3
+    since = time.perf_counter()
+    error = ""
+    try:
+        while time.perf_counter() < since + 60:
+            # Over the world's own group, whose time-out `form` was given.
+            dist.all_reduce(torch.ones(8))
+    except RuntimeError as failure:
+        error = str(failure)
+    out_s = time.perf_counter() - since
+    world.close()
+    world.close()
+    simulation.settings.at = 0
+    say(
+        name,
+        out_s=out_s,
+        error=error,
+        closed_s=time.perf_counter() - since - out_s,
+        closed=world.closed,
+        entered=World._entered is not None,
+        kept_of_it=[each for each in names if POOL.find(each)],
+        kept_before=kept,
+        kept_after=POOL.num,
+        open=simulation.num_open(),
+    )
+
+
+def hangs_until_abort() -> None:
+    """One member hangs in a collective; every rank's world is aborted from outside."""
+    PLAN.update(victim=SIZE - 1, fault="hang", timeout_s=60.0)
+    _failing("hangs_until_abort", ALL, abort_after_s=0.5)
+    _next_world("hangs_until_abort", ALL)
+
+
+def hangs_until_time_out() -> None:
+    """One member hangs; nobody aborts: the group's own time-out ends it."""
+    PLAN.update(victim=SIZE - 1, fault="hang", timeout_s=2.0)
+    _failing("hangs_until_time_out", ALL, abort_after_s=None)
+    _next_world("hangs_until_time_out", ALL)
+
+
+def dies() -> None:
+    """One member dies in a collective; the survivors go on without it. Over the other
+    simulated library, which is aborted in another way."""
+    global BACKEND
+    BACKEND = "simulated_nccl"
+    PLAN.update(victim=SIZE - 1, fault="die", timeout_s=60.0)
+    _failing("dies", ALL, abort_after_s=0.5)
+    _next_world("dies", ALL[:-1])
+
+
+def _next_world(after: str, members: list[int]) -> None:
+    counts = POOL.counts
+    made, reused = counts.made, counts.reused
+    world = form(f"after-{after}", members)
+    right = are_right(sums(world), members)
+    world.close(orderly=True)
+    say(
+        f"next_{after}",
+        right=right,
+        made=counts.made - made,
+        reused=counts.reused - reused,
+    )
+
+
+def lost_on_one_side() -> None:
+    """What one rank has given up by itself is given up by the others at the meeting."""
+    form("one-sided-0", ALL).close(orderly=True)
+    if RANK == 1:
+        POOL.close()
+    kept = POOL.num
+    made, reused = POOL.counts.made, POOL.counts.reused
+    world = form("one-sided-1", ALL)
+    right = are_right(sums(world), ALL)
+    result = [POOL.counts.made - made, POOL.counts.reused - reused]
+    world.close(orderly=True)
+    say("lost_on_one_side", right=right, kept=kept, counts=result, after=POOL.num)
+
+
+def broken_while_kept() -> None:
+    """One that no longer works is found out by the check, and made anew."""
+    form("broken-0", ALL).close(orderly=True)
+    if RANK == 2:
+        victims = [e for e in POOL.within(ALL) if len(e.key.ranks) == SIZE]
+        victims = [e for e in victims if e.key.backend == BACKEND]
+        victims[0].handle._aborted.set()
+    made = POOL.counts.made
+    world = form("broken-1", ALL, timeout_s=3.0)
+    right = are_right(sums(world), ALL)
+    made = POOL.counts.made - made
+    world.close(orderly=True)
+    say("broken_while_kept", right=right, made=made)
+
+
+def ascend() -> None:
+    """Two worlds with an Ascend platform's globals, by a STAND-IN of it."""
+    found: dict[str, Any] = {
+        "absent": not [name for name in sys.modules if name.startswith("vllm_ascend")]
+    }
+    state = stand_in.install()
+    config, utils = sys.modules[stand_in.CONFIG], sys.modules[stand_in.UTILS]
+    registry = sys.modules[stand_in.PATCH]._HCCL_PG_REGISTRY
+    holders.register("cpu", holders.AscendHolder)
+    worlds, groups = {}, {}
+    for name in ("first", "second"):
+        world = form(f"ascend-{name}", ALL)
+        found[f"{name} begins empty"] = (
+            not any(getattr(state, each) for each in stand_in.GLOBALS)
+            and not registry._entries
+            and utils._IS_MOE_MODEL is None
+        )
+        config._ASCEND_CONFIG, utils._IS_MOE_MODEL = f"config of {name}", name
+        state.init_ascend_model_parallel(ALL, buffer_mb=3)
+        groups[name] = {each: getattr(state, each) for each in stand_in.GLOBALS}
+        worlds[name] = world
+    for name, world in worlds.items():
+        world.enter()
+        found[f"{name} is swapped in"] = (
+            all(getattr(state, each) is groups[name][each] for each in stand_in.GLOBALS)
+            and f"config of {name}" == config._ASCEND_CONFIG
+            and name == utils._IS_MOE_MODEL
+            and len(registry._entries) == 3
+        )
+        mine = torch.full((4,), float(2**RANK))
+        dist.all_reduce(mine, group=state._OTP.device_group)
+        found[f"{name} adds up"] = mine[0].item()
+    worlds["second"].leave()
+    found["outside is empty"] = (
+        not any(getattr(state, each) for each in stand_in.GLOBALS)
+        and not registry._entries
+        and config._ASCEND_CONFIG is None
+    )
+    found["they share none"] = not {
+        id(each.device_group)
+        for each in groups["first"].values()
+        if each != "left behind" and each
+    } & {
+        id(each.device_group)
+        for each in groups["second"].values()
+        if each != "left behind" and each
+    }
+    del groups
+    before = POOL.num
+    worlds["first"].close(orderly=True)
+    found["kept"] = POOL.num > before
+    options = [
+        each for each in POOL.within(ALL) if "hccl_buffer_size" in each.key.options
+    ]
+    found["bytes by options"] = sorted({each.num_bytes // 2**20 for each in options})
+    with worlds["second"]:
+        mine = torch.full((4,), float(2**RANK))
+        dist.all_reduce(mine, group=state._MC2.device_group)
+        found["second goes on"] = mine[0].item()
+    worlds["second"].close(orderly=True)
+    found["destroyed"] = state.num_destroyed
+    found["empty at the end"] = not any(
+        getattr(state, each) for each in stand_in.GLOBALS
+    )
+    # Other buffers, other communicators; the others are used again.
+    for buffer_mb in (3, 4):
+        made = POOL.counts.made
+        world = form(f"ascend-{buffer_mb}", ALL, settle=False)
+        config._ASCEND_CONFIG = "config"
+        state.init_ascend_model_parallel(ALL, buffer_mb=buffer_mb)
+        world.settle()
+        world.close(orderly=True)
+        found[f"made with {buffer_mb} MB"] = POOL.counts.made - made
+    holders._OF_DEVICE.pop("cpu")
+    say("ascend", **found)
+
+
+def run(scenario: Callable[[], None]) -> None:
+    log.info("scenario %s", scenario.__name__)
+    is_timed = scenario.__name__ in ("layouts", "without_pool")
+    simulation.settings.creation_s = PLAN["creation_s"] if is_timed else 0.01
+    meet(f"{scenario.__name__}/begin")
+    scenario()
+
+
+def main() -> None:
+    try:
+        for name in sys.argv[2:]:
+            run(globals()[name])
+        POOL.close()
+        STORE.add("num_done", 1)
+        num_left = SIZE - ("dies" in sys.argv)
+        while RANK == 0 and STORE.add("num_done", 0) < num_left:
+            time.sleep(0.01)  # the store is in this process
+        status = 0
+    except Exception:
+        log.exception("rank %d failed", RANK)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Static destructors of communicators may wait for peers that are gone.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main()

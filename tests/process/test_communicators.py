@@ -1,0 +1,238 @@
+"""Communicators that are kept: `communicator_member.py` four times, over a SIMULATED
+device backend whose communicators cost 330 ms each.
+
+The processes start once for each plan and go through its scenarios; each test looks at
+one. The times are logged; what is asserted are ratios, and deadlines of seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.process.test_worlds import NUM_RANKS, REPOSITORY, free_port
+
+CREATION_S = 0.33
+# Of making a world anew, at most, for entering one that was there before.
+RATIO = 0.05
+# For a group whose time-out is 2 s, or whose world is aborted after half a second.
+DEADLINE_S = 10.0
+SMALL_BUDGET = 20
+SCENARIOS = [
+    "layouts", "without_pool", "interleaved", "budget", "ascend", "lost_on_one_side",
+    "broken_while_kept", "hangs_until_abort", "hangs_until_time_out", "dies",
+]  # fmt: skip
+SURVIVORS = range(NUM_RANKS - 1)
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
+
+log = logging.getLogger(__name__)
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+def run(folder: Path, plan: dict[str, Any], scenarios: list[str]) -> Results:
+    """What each scenario gave, by its name and in the order of ranks."""
+    port = free_port()
+    logs = [folder / f"rank-{rank}.log" for rank in range(NUM_RANKS)]
+    members = [start(rank, port, log, plan, scenarios) for rank, log in enumerate(logs)]
+    deadline = time.monotonic() + 380
+    try:
+        codes = [member.wait(deadline - time.monotonic()) for member in members]
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
+    texts = [log.read_text(errors="replace") for log in logs]
+    last = -9 if "dies" in scenarios else 0
+    assert codes == [0] * (NUM_RANKS - 1) + [last], [text[-2000:] for text in texts]
+    assert all("SIMULATED" in text for text in texts)
+    found: Results = {}
+    for text in texts:
+        for line in text.splitlines():
+            if line.startswith("RESULT "):
+                result = json.loads(line.removeprefix("RESULT "))
+                found.setdefault(result["scenario"], []).append(result)
+    return found
+
+
+def start(
+    rank: int, port: int, output: Path, plan: dict[str, Any], scenarios: list[str]
+) -> subprocess.Popen[bytes]:
+    module = "tests.process.communicator_member"
+    with output.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(plan), *scenarios],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(NUM_RANKS),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    plan = {
+        "creation_s": CREATION_S,
+        "num_layouts": 10,
+        "num_distinct": 3,
+        "seed": 7,
+        "num_worlds": 16,
+        "num_small": 6,
+        "small_budget": SMALL_BUDGET,
+    }
+    return run(tmp_path_factory.mktemp("communicators"), plan, SCENARIOS)
+
+
+def check_layouts(results: Results) -> None:
+    """Of the rows of `layouts`: (ranks, known before, seconds, of these to form the
+    world itself, right, made)."""
+    rows = [row for result in results["layouts"] for row in result["rows"]]
+    assert all(right for *_, right, _ in rows)
+    anew = [row for row in rows if row[0] > 1 and not row[1]]
+    again = [row for row in rows if row[0] > 1 and row[1]]
+    assert again
+    assert all(made > 0 for *_, made in anew)
+    assert all(made == 0 for *_, made in again)
+    anew_s = statistics.median(row[2] for row in anew)
+    for what, place in (("world and vLLM's groups", 2), ("world alone", 3)):
+        again_s = [row[place] for row in again]
+        log.info(
+            "%s",
+            f"{what}: anew {statistics.median(row[place] for row in anew):.3f} s, "
+            f"again median {statistics.median(again_s) * 1000:.1f} ms, "
+            f"most {max(again_s) * 1000:.1f} ms, {len(again)} times",
+        )
+    assert statistics.median(row[2] for row in again) < RATIO * anew_s
+
+
+def test_a_layout_seen_before_is_entered_without_making_anything(
+    results: Results,
+) -> None:
+    check_layouts(results)
+
+
+def check_interleaved(results: Results, num_worlds: int) -> None:
+    assert len(results["interleaved"]) == NUM_RANKS
+    for result in results["interleaved"]:
+        assert result["right"]
+        assert result["formed"] > num_worlds / 4
+        assert result["most"] > 1
+
+
+def test_worlds_over_overlapping_ranks_come_and_go(results: Results) -> None:
+    check_interleaved(results, 16)
+
+
+@pytest.mark.slow
+def test_two_thousand_worlds_over_overlapping_ranks(tmp_path: Path) -> None:
+    """What the model in `tests/unit/test_forming.py` says of the order, done."""
+    plan = {"creation_s": 0.0, "num_worlds": 2000}
+    check_interleaved(run(tmp_path, plan, ["interleaved"]), 2000)
+
+
+@pytest.mark.slow
+def test_a_hundred_random_layouts(tmp_path: Path) -> None:
+    plan = {
+        "creation_s": CREATION_S,
+        "num_layouts": 100,
+        "num_distinct": 100,
+        "seed": 23,
+    }
+    check_layouts(run(tmp_path, plan, ["layouts"]))
+
+
+def test_without_a_pool_every_world_is_made_anew(results: Results) -> None:
+    for result in results["without_pool"]:
+        first, second = result["rows"]
+        assert second > first / 2
+
+
+def test_the_budget_holds_and_what_is_given_up_is_gone(results: Results) -> None:
+    for result in results["budget"]:
+        assert result["most"] <= SMALL_BUDGET
+        assert result["destroyed"] > 0
+        # Measured as the process's memory, in which other things come and go.
+        assert 0.5 < result["told"] < 2
+        assert result["within"]
+        assert result["open"] == 0
+        # Descriptors, threads, groups; a thread may have been about to end before.
+        more = [
+            now - then
+            for now, then in zip(result["after"], result["before"], strict=True)
+        ]
+        assert max(more) <= 0, more
+
+
+def test_what_one_rank_gave_up_all_give_up(results: Results) -> None:
+    for rank, result in enumerate(results["lost_on_one_side"]):
+        assert result["right"]
+        made, reused = result["counts"]
+        assert (result["kept"] == 0) == (rank == 1)
+        # Groups of one rank are its own affair; all others were made by all.
+        assert made >= 7
+        assert rank != 1 or reused == 0
+
+
+def test_a_kept_communicator_that_broke_is_found_out(results: Results) -> None:
+    for result in results["broken_while_kept"]:
+        assert result["right"]
+        assert result["made"] == 1
+
+
+@pytest.mark.parametrize("name", ["hangs_until_abort", "hangs_until_time_out", "dies"])
+def test_who_is_in_a_collective_with_the_lost_gets_out(
+    results: Results, name: str
+) -> None:
+    """Within the deadline, with its world closed and nothing of it kept."""
+    assert [each["rank"] for each in results[name]][: len(SURVIVORS)] == [*SURVIVORS]
+    for result in results[name]:
+        assert result["error"]
+        assert result["out_s"] < DEADLINE_S
+        assert result["closed"]
+        assert not result["entered"]
+        assert result["kept_of_it"] == []
+        assert result["kept_after"] <= result["kept_before"]
+    for result in results[f"next_{name}"]:
+        assert result["right"]
+        assert result["made"] > 0
+
+
+def test_an_ascend_platforms_groups_are_the_worlds(results: Results) -> None:
+    for result in results["ascend"]:
+        what = {key: value for key, value in result.items() if key != "rank"}
+        assert what == {
+            "scenario": "ascend",
+            "absent": True,
+            "first begins empty": True,
+            "second begins empty": True,
+            "first is swapped in": True,
+            "second is swapped in": True,
+            "first adds up": 15.0,
+            "second adds up": 15.0,
+            "outside is empty": True,
+            "they share none": True,
+            "kept": True,
+            "bytes by options": [6, 200],
+            "second goes on": 15.0,
+            "destroyed": 2,
+            "empty at the end": True,
+            "made with 3 MB": 0,
+            "made with 4 MB": 1,
+        }
