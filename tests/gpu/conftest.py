@@ -42,7 +42,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     why = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
     if report.failed:
-        why = str(report.longrepr).splitlines()[-1]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = (crash.message if crash else str(report.longrepr))[:500]
     _note(
         test=report.nodeid.rpartition("/")[2],
         outcome=report.outcome,

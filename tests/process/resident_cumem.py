@@ -11,16 +11,19 @@ import sys
 from datetime import timedelta
 from types import ModuleType
 
-from tests.unit.simulated_device import SimulatedDevice, make_mover
+from tests.unit.simulated_device import SimulatedDevice, buffer, make_mover
 from vllm_resident import patching
 
 patching.activate()
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from vllm.device_allocator.cumem import CuMemAllocator  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from vllm_resident.rank import allocator, holdings  # noqa: E402
+from vllm_resident.rank import allocator, holdings, sleep  # noqa: E402
+from vllm_resident.rank.arena import Arena  # noqa: E402
+from vllm_resident.rank.device import Device  # noqa: E402
 from vllm_resident.rank.world import World  # noqa: E402
 
 
@@ -83,6 +86,69 @@ said["kv cache"] = cache in device.mapped
 resident.wake_up(["kv_cache"])
 usage.append(resident.get_current_usage())
 said["moved"] = resident.take_moved().num_bytes
+
+
+class WorkerOfTests:
+    """The part of vLLM 0.32.0's worker that has to do with sleep (gpu_worker.py), which
+    hands on to the allocator by way of `CuMemBackend`'s policy."""
+
+    def __init__(self) -> None:
+        self.num_reloads = 0
+
+    def get_model(self) -> torch.nn.Module:
+        model = torch.nn.Module()
+        model.register_buffer("positions", torch.arange(3))
+        return model
+
+    def sleep(self, level: int) -> None:
+        kept = ("runtime", "cudagraph")
+        resident.sleep(("weights", *kept) if level == 1 else kept)
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        resident.discard(tags)
+
+    def wake_up(self, tags: list[str]) -> None:
+        resident.wake_up(tags)
+
+    def reload_weights(self) -> None:
+        self.num_reloads += 1
+
+
+class Addresses:
+    """Stands for torch's pool: frees what is in it when it goes."""
+
+    def __init__(self, *addresses: int) -> None:
+        self._addresses = addresses
+
+    def __del__(self) -> None:
+        for address in self._addresses:
+            # Without vLLM's half, which waits for a CUDA device.
+            device.free(mover, resident.pointer_to_data, address)
+
+
+resident.allocator_and_pools["weights"] = [(Addresses(weights, cache), "allocator")]
+worker = WorkerOfTests()
+memory = sleep.engine_memory(worker, Device("cuda", 0))
+seen = [[memory.num_weight_bytes, memory.num_kv_cache_bytes, len(device.mapped)]]
+memory.discard(("kv_cache",))
+memory.suspend(1)
+seen.append([memory.moved.num_bytes, memory.num_freed_bytes(), len(device.mapped)])
+memory.resume(["weights"])
+seen.append([memory.moved.num_bytes, memory.level, len(device.mapped)])
+memory.resume(["kv_cache"])
+seen.append([memory.moved.num_bytes, memory.level, len(device.mapped)])
+memory.suspend(1)
+memory.suspend(2)
+seen.append([memory.moved.num_bytes, memory.level, mover.arena.num_free_bytes])
+memory.resume(["weights"])
+memory.resume(["kv_cache"])
+seen.append([worker.num_reloads, memory.level, len(device.mapped)])
+said["engine's memory"] = seen
+mover.arena = Arena(buffer, 256, block_bytes=128)
+said["refusals"] = [memory.refusal(level)[:8] for level in (1, 2)]
+memory.suspend(2)
+sleep.release(Device("cuda", 0), holdings.current)
+said["after burial"] = [at == other for at in device.mapped]
 
 # A stand-in with the globals of the real module (vllm-ascend 0.23.0.post1), which an
 # engine of the first world has imported.

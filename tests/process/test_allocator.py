@@ -40,6 +40,16 @@ def test_each_world_has_its_own_part_of_vllms_allocator() -> None:
         "weights": True,
         "kv cache": False,
         "moved": 600,
+        "engine's memory": [
+            [300, 500, 3],
+            [300, 300, 1],
+            [300, 1, 2],
+            [0, 0, 3],
+            [0, 2, 384],
+            [1, 0, 3],
+        ],
+        "refusals": ["it needs", ""],
+        "after burial": [True],
         "usage": [800, 0, 800, 0],
         "outside": [0],
     }

@@ -280,8 +280,7 @@ class DeviceMemory(ResidentMemory):
     """
 
     def __init__(self, worker: Any, device: Device) -> None:
-        super().__init__()
-        self._worker = worker
+        super().__init__(worker)
         self._device = device
         self._held = holdings.current
         self.num_kv_cache_bytes = self._held.num_bytes(KV_CACHE)
