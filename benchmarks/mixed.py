@@ -63,11 +63,16 @@ class Seen:
 
     num_calls: int = 0
     by_manner: Counter[str] = field(default_factory=Counter)
-    num_refused: int = 0
+    # Why, and how often.
+    refusals: Counter[str] = field(default_factory=Counter)
     num_tokens: int = 0
     # From a call to the first of its answer.
     answer_s: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def num_refused(self) -> int:
+        return self.refusals.total()
 
     def fail(self, what: str) -> None:
         self.wrong.append(what)
@@ -172,6 +177,9 @@ class Callers:
             async for line in answer.content:
                 if line.startswith(b"data: {"):
                     event = json.loads(line[6:])
+                    if "error" in event:
+                        self._seen.fail(f"{call}: after {len(got)} tokens: {event}")
+                        return
                     if not got:
                         self._seen.answer_s.append(time.monotonic() - began)
                     model = event["model"]
@@ -203,7 +211,7 @@ class Callers:
         async with self._session.post(self._url, data=data, headers=headers) as answer:
             message = (await answer.json())["error"]["message"]
         if answer.status == 503 and status == 400:
-            self._seen.num_refused += 1
+            self._seen.refusals[message] += 1
         elif answer.status != status or not message:
             self._seen.fail(f"{wrong!r:.80}: {answer.status}, not {status}")
         self._seen.by_manner["bad"] += 1
@@ -212,11 +220,11 @@ class Callers:
         if answer.status == 200:
             self._seen.by_manner[call.manner] += 1
             return True
+        message = (await answer.json())["error"]["message"]
         if answer.status == 503 and answer.headers.get("retry-after"):
-            self._seen.num_refused += 1
+            self._seen.refusals[message] += 1
         else:
-            text = (await answer.text())[:200]
-            self._seen.fail(f"{call}: {answer.status} {text}")
+            self._seen.fail(f"{call}: {answer.status} {message}")
         return False
 
     def _check(self, call: Call, model: str, tokens: list[int]) -> None:

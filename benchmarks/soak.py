@@ -264,6 +264,7 @@ def summary(outcome: Outcome) -> str:
             f"{outcome.lost_share:.1%} of the ranks' time went into them",
             f"resident MiB at the first rest: {mib(first)}",
             f"resident MiB at the last rest:  {mib(last)}",
+            *(f"refused {n} times: {why}" for why, n in outcome.refusals.items()),
             *outcome.wrong[:20],
         ]
     )

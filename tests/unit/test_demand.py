@@ -107,6 +107,24 @@ def test_a_declared_model_is_loaded_on_a_free_rank() -> None:
     assert awake(there) == {"a", "b"}
 
 
+def test_a_switch_on_one_rank_is_in_nobodys_way_on_another() -> None:
+    """What goes and what comes there are both on its rank for a while."""
+    there = pool(2, "a")
+    there.load_ready(spec("b", [0]))
+    there.load_ready(spec("c", [1]))
+    declare(there, EngineSpec("d", "/models/d", [1]))
+    there.await_engine("a")
+    assert there.to_ranks(SuspendEngine)  # b, which is not down yet
+    switching = list(there.effects)
+    call = there.await_engine("d")
+    there.effects = [*switching, *there.effects]
+    seen = [*there.answer_all(), *there.look(5.0)]
+    there.effects = seen
+    assert not there.to_clients(EngineRefused)
+    assert call in told(there)
+    assert awake(there) == {"a", "d"}
+
+
 def test_a_declared_model_takes_the_place_of_an_idle_one() -> None:
     there = pool(1)
     there.load_ready(spec("b"))

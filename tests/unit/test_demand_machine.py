@@ -7,15 +7,17 @@ dies or comes back, and when time passes.
 
 from __future__ import annotations
 
+import random
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import initialize, precondition, rule
 
-from tests.unit.controller_harness import Harness
+from tests.unit.controller_harness import WEIGHTS, Harness, answer
 from tests.unit.test_state_machine import CLIENTS, ControllerMachine
 from vllm_resident.controller import outlook, policy
-from vllm_resident.controller.effects import SendToClient
+from vllm_resident.controller.effects import Effect, SendToClient, SendToRank
 from vllm_resident.controller.policy import Limits
 from vllm_resident.controller.state import EnginePhase
 from vllm_resident.messages import (
@@ -263,3 +265,73 @@ def running_by_model(there: Harness) -> dict[str, int]:
         name: sum(c.engine == name and c.told_at is not None for c in callers)
         for name in names
     }
+
+
+# ------------------------------------------------------------ nobody is turned away
+
+NUM_MODELS = 8
+NUM_STEPS = 400
+# How often what happens.
+WHAT = {"call": 5, "end": 5, "answer": 8, "wait": 2}
+
+
+class Slow:
+    """A pool whose ranks answer when they are told to, each in its order, and callers
+    that are told their model is up."""
+
+    def __init__(self, host_memory_bytes: int | None) -> None:
+        self.there = Harness(2)
+        wide = {"tensor_parallel_size": 2}
+        self.names = [f"m{number}" for number in range(NUM_MODELS)]
+        self.there.state.models = {
+            name: EngineSpec(name, "/m", 2 if is_wide else 1, wide if is_wide else {})
+            for name in self.names
+            for is_wide in [name in ("m0", "m1")]
+        }
+        self.there.state.demand.default_limits = Limits()
+        self.there.state.host_memory_bytes = host_memory_bytes
+        self.unanswered: list[SendToRank] = []
+        self.told: list[int] = []
+
+    def take(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, SendToRank):
+                self.unanswered.append(effect)
+            elif isinstance(effect, SendToClient):
+                assert not isinstance(effect.message, EngineRefused), effect.message
+                if isinstance(effect.message, EngineAwake):
+                    self.told.append(effect.message.call)
+
+    def do(self, what: str, number: int) -> None:
+        there = self.there
+        if what == "call":
+            there.await_engine(self.names[number % NUM_MODELS])
+            self.take(there.effects)
+        elif what == "end" and self.told:
+            there.end_await(self.told.pop(number % len(self.told)))
+            self.take(there.effects)
+        elif what == "answer" and self.unanswered:
+            rank = self.unanswered[number % len(self.unanswered)].rank
+            first = next(each for each in self.unanswered if each.rank == rank)
+            self.unanswered.remove(first)
+            if (reply := answer(rank, first.message)) is not None:
+                self.take(there.rank(reply))
+        elif what == "wait":
+            there.now += number / 3000
+            self.take(there.heartbeats())
+            self.take(there.pool.look_again(there.now))
+            self.take(there.pool.tick(there.now))
+
+
+@pytest.mark.parametrize("host_memory_bytes", [None, 5 * WEIGHTS])
+@pytest.mark.parametrize("seed", range(6))
+def test_nobody_is_refused_where_nothing_fails(
+    seed: int, host_memory_bytes: int | None
+) -> None:
+    """However many switches run at once, on whichever ranks. Not hypothesis: it takes
+    long sequences, which it would shrink for minutes."""
+    rng = random.Random(seed)
+    slow = Slow(host_memory_bytes)
+    kinds = [what for what, weight in WHAT.items() for _ in range(weight)]
+    for _ in range(NUM_STEPS):
+        slow.do(rng.choice(kinds), rng.randrange(1000))

@@ -24,7 +24,7 @@ from vllm_resident import (
     SwitchReport,
 )
 from vllm_resident.gateway import asgi, problems, residents
-from vllm_resident.gateway.app import Gateway
+from vllm_resident.gateway.app import MAX_TRIES, Gateway
 from vllm_resident.gateway.asgi import Bodies, Keys
 from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.problems import Problem
@@ -33,6 +33,7 @@ from vllm_resident.messages import (
     EngineAwake,
     EngineRefused,
     FrontendAttached,
+    FrontendDetached,
     ModelCalls,
     PoolTotals,
     Progress,
@@ -70,6 +71,7 @@ class FakePool:
         self.turns: list[tuple[str, float]] = []
         self.num_open = 0
         self.reports: list[dict[str, ModelCalls]] = []
+        self.unloaded: dict[str, asyncio.Event] = {}
 
     async def wait(
         self, name: str, waited_s: float = 0.0
@@ -147,9 +149,16 @@ class FakePool:
                 spec=EngineSpec(engine, "/m", frontend_args=self.spec_args),
                 phase=self.phases[engine],
             )
-            await asyncio.Event().wait()
+            await self.unloaded.setdefault(engine, asyncio.Event()).wait()
+            yield FrontendDetached(call=1, reason="unloaded")
         finally:
             del self.watchers[engine]
+
+    def unload(self, name: str) -> None:
+        """It may be called again: it is declared."""
+        self.phases[name] = "asleep"
+        self.generation += 1
+        self.unloaded.pop(name).set()
 
     def build(self, spec: EngineSpec, into: str, out: str) -> FakeFrontend:
         self.built.append(FakeFrontend(spec.name))
@@ -163,9 +172,11 @@ class FakeFrontend:
     def __init__(self, name: str) -> None:
         self.name = name
         self.is_closed = False
+        self.has_failed = False
         self.hold: asyncio.Event | None = None
         self.responses: set[str] = set()
         self.error: Exception | None = None
+        self.begins_with = b""
 
     async def open(self) -> None:
         if self.error is not None:
@@ -173,8 +184,18 @@ class FakeFrontend:
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
+        if self.begins_with:
+            await asgi.begin(send, 200, {"content-type": "text/plain"})
+            part = {"type": "http.response.body", "body": self.begins_with}
+            await send({**part, "more_body": True})
         if self.hold is not None:
             await self.hold.wait()
+        if self.has_failed and self.begins_with:
+            await send({"type": "http.response.body", "body": b"failed"})
+            return
+        if self.has_failed:
+            await asgi.answer(send, 500, {"error": "the engine is dead"})
+            raise RuntimeError("as ServerErrorMiddleware raises it again")
         body = json.loads(message["body"] or b"null")
         await asgi.answer(send, 200, {"by": self.name, "body": body})
 
@@ -182,7 +203,9 @@ class FakeFrontend:
         return name in self.responses
 
     def fail(self) -> None:
-        pass
+        self.has_failed = True
+        if self.hold is not None:
+            self.hold.set()
 
     def close(self) -> None:
         self.is_closed = True
@@ -211,6 +234,26 @@ async def call(
 ) -> tuple[int, Any, dict[str, str]]:
     """Status, JSON document and headers of one request."""
     content = json.dumps(body).encode() if isinstance(body, dict) else body
+    sent = await messages(app, method, path, content, headers, query)
+    answered = b"".join(m.get("body", b"") for m in sent[1:])
+    names = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    return sent[0]["status"], json.loads(answered) if answered else None, names
+
+
+async def raw_call(app: Any, content: bytes) -> bytes:
+    """The body that is answered."""
+    sent = await messages(app, "POST", "/v1/completions", content, {})
+    return b"".join(m.get("body", b"") for m in sent)
+
+
+async def messages(
+    app: Any,
+    method: str,
+    path: str,
+    content: bytes,
+    headers: dict[str, str],
+    query: bytes = b"",
+) -> list[Any]:
     fields = {"host": "127.0.0.1:8000", "content-type": "application/json", **headers}
     scope = {
         "type": "http",
@@ -231,9 +274,8 @@ async def call(
         sent.append(message)
 
     await asyncio.wait_for(app(scope, receive, send), 10)
-    answered = b"".join(m.get("body", b"") for m in sent[1:])
-    names = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
-    return sent[0]["status"], json.loads(answered) if answered else None, names
+    assert [m["type"] for m in sent].count("http.response.start") == 1
+    return sent
 
 
 # ------------------------------------------------------------ the parts
@@ -547,6 +589,60 @@ async def test_who_leaves_does_not_wait_on(tmp_path: Path) -> None:
         await asyncio.wait_for(app(scope, receive, send), 5)
         assert app._residents.counts() == {}
         assert pool.num_open == 0
+
+
+async def test_a_request_whose_engine_is_given_up_goes_to_the_next(
+    tmp_path: Path,
+) -> None:
+    """On its way to an engine that is unloaded (for a budget, for other ranks)."""
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].hold = asyncio.Event()
+        caller = asyncio.create_task(call(app, body={"model": "a", "n": 3}))
+        await asyncio.sleep(0.05)
+        pool.unload("a")
+        status, answer, _ = await caller
+        assert (status, answer["body"]) == (200, {"model": "a", "n": 3})
+        assert [f.is_closed for f in pool.built] == [True, False]
+        assert app._residents.counts() == {"a": (0, 0)}
+
+
+async def test_an_answer_that_had_begun_ends_as_the_app_says(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].hold = asyncio.Event()
+        pool.built[0].begins_with = b'"begun and '
+        caller = asyncio.create_task(raw_call(app, b'{"model": "a"}'))
+        await asyncio.sleep(0.05)
+        pool.unload("a")
+        assert await caller == b'"begun and failed'
+        assert len(pool.built) == 1
+
+
+async def test_a_request_is_not_tried_for_ever(tmp_path: Path) -> None:
+    pool = FakePool(a="ready")
+    build = pool.build
+
+    def build_what_goes(*arguments: Any) -> FakeFrontend:
+        frontend = build(*arguments)
+        frontend.hold = asyncio.Event()
+        asyncio.run_coroutine_threadsafe(unload_soon(), loop)
+        return frontend
+
+    async def unload_soon() -> None:
+        await asyncio.sleep(0.05)
+        pool.unload("a")
+
+    loop = asyncio.get_running_loop()
+    pool.build = build_what_goes  # type: ignore[method-assign]
+    async with serving(pool, tmp_path) as app:
+        status, answer, headers = await call(app, body={"model": "a"})
+        assert status == 503
+        assert "given up" in answer["error"]["message"]
+        assert headers["retry-after"]
+        assert len(pool.built) == MAX_TRIES
 
 
 async def test_an_engine_built_anew_gets_a_new_frontend(tmp_path: Path) -> None:

@@ -106,12 +106,25 @@ def test_switches_are_counted_by_what_was_done(
 
 def test_the_summary_says_it_all() -> None:
     outcome = Outcome(
-        num_calls=3, by_manner=Counter(whole=2), num_refused=1, answer_s=[0.1, 0.3],
-        seconds=60.0, rests=[REST, REST], num_switches=Counter(load=8),
-        lost_share=0.125, wrong=["a wrong answer"],
-    )  # fmt: skip
+        num_calls=3,
+        by_manner=Counter(whole=2),
+        refusals=Counter({"full": 1}),
+        answer_s=[0.1, 0.3],
+        seconds=60.0,
+        rests=[REST, REST],
+        num_switches=Counter(load=8),
+        lost_share=0.125,
+        wrong=["a wrong answer"],
+    )
     text = soak.summary(outcome)
-    for part in ("3 calls in 60 s: 2 whole, 1 refused", "8 load", "12.5%", "rank 1 710",
-                 "p95 0.300 s", "a wrong answer"):  # fmt: skip
+    for part in (
+        "3 calls in 60 s: 2 whole, 1 refused",
+        "8 load",
+        "12.5%",
+        "p95 0.300 s",
+        "rank 1 710",
+        "refused 1 times: full",
+        "a wrong answer",
+    ):
         assert part in text
     assert outcome.as_json()["rests"][0]["gateway_files"] == 40

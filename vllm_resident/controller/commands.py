@@ -294,10 +294,13 @@ def _in_the_way(state: PoolState, engine: Engine) -> list[Engine]:
 def check_together(
     state: PoolState, coming: list[Placement], leaving: Collection[Engine]
 ) -> None:
+    """Raise unless those that come can be awake where they come. What goes on on other
+    ranks is not their business: a switch there has what comes and what goes at once."""
+    ranks = {rank for placement in coming for rank in placement.ranks}
     awake = [
         Placement(e.spec, e.ranks)
         for e in _awake(state)
-        if not any(e is other for other in leaving)
+        if not any(e is other for other in leaving) and not ranks.isdisjoint(e.ranks)
     ]
     planner.check_together([*awake, *coming], state.awake_per_rank)
 

@@ -32,6 +32,9 @@ from vllm_resident.messages import EngineStatus, PoolStatus
 
 log = logging.getLogger("vllm_resident.gateway")
 
+# So often a request goes to its model anew where the engine it went to was given up.
+MAX_TRIES = 5
+
 # Open to everybody, as in vLLM's server: nothing of a request or an answer shows here.
 _OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
 # Who scrapes waits ten seconds; a pool that does not answer is a fact, too.
@@ -126,17 +129,39 @@ class Gateway:
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._bodies.read(scope, receive) as body:
             name = await self._engine_of(await self._model_named(scope, body))
-            gone = asyncio.ensure_future(asgi.gone(receive))
-            try:
-                async with self._residents.serving(name, gone) as app:
-                    # From here on the app listens for it.
-                    gone.cancel()
-                    await asyncio.wait({gone})
-                    if not gone.cancelled():
-                        raise Disconnected
-                    await app(scope, asgi.replayed(body, receive), send)
-            finally:
+            for _ in range(MAX_TRIES):
+                if await self._is_answered(name, body, scope, receive, send):
+                    return
+            raise problems.unavailable(
+                f"model {name!r}: its engine was given up under this request "
+                f"{MAX_TRIES} times"
+            )
+
+    async def _is_answered(
+        self, name: str, body: bytes, scope: Scope, receive: Receive, send: Send
+    ) -> bool:
+        """Whether the model's app has answered: not where the engine was given up (for
+        a budget, for other ranks) when the request was on its way to it."""
+        gone = asyncio.ensure_future(asgi.gone(receive))
+        try:
+            async with self._residents.serving(name, gone) as visit:
+                # From here on the app listens for it.
                 gone.cancel()
+                await asyncio.wait({gone})
+                if not gone.cancelled():
+                    raise Disconnected
+                answer = asgi.HeldAnswer(send, lambda: visit.is_withdrawn)
+                given = asgi.replayed(body, receive)
+                try:
+                    # The app writes into its scope.
+                    await visit.app(dict(scope), given, answer.send)
+                except Exception as error:
+                    if not answer.is_taken_back:
+                        raise
+                    log.info("event=withdrawn model=%s error=%r", name, error)
+                return not answer.is_taken_back
+        finally:
+            gone.cancel()
 
     async def _model_named(self, scope: Scope, body: bytes) -> str:
         kind = asgi.header(scope, b"content-type").partition(";")[0].strip().lower()

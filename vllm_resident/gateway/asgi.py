@@ -123,6 +123,31 @@ def replayed(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
+class HeldAnswer:
+    """An answer that goes on from the first byte of its body. One that `is_void` by
+    then does not: it is taken back, and nobody has seen it."""
+
+    def __init__(self, send: Send, is_void: Callable[[], bool]) -> None:
+        self._send = send
+        self._is_void = is_void
+        self._start: Message | None = None
+        self._has_begun = False
+        self.is_taken_back = False
+
+    async def send(self, message: Message) -> None:
+        if not self._has_begun and not self.is_taken_back:
+            self.is_taken_back = self._is_void()
+        if self.is_taken_back:
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if not self._has_begun and self._start is not None:
+            self._has_begun = True
+            await self._send(self._start)
+        await self._send(message)
+
+
 async def gone(receive: Receive) -> None:
     """Returns when the caller has gone; of a request whose body was read."""
     while (await receive())["type"] != "http.disconnect":

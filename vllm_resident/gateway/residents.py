@@ -94,6 +94,8 @@ class Served:
     num_begun: int = 0
     num_ended: int = 0
     service_s: float = 0.0
+    # How often an engine of it was given up, with whatever was on its way there.
+    num_withdrawn: int = 0
 
     @property
     def is_ready(self) -> bool:
@@ -109,6 +111,20 @@ class Served:
         self.num_begun = self.num_ended = 0
         self.service_s = 0.0
         return calls
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One request with a model's frontend. If it `is_withdrawn`, the engine was given
+    up meanwhile: what the app says of that is no answer."""
+
+    app: App
+    served: Served
+    num_withdrawn: int
+
+    @property
+    def is_withdrawn(self) -> bool:
+        return self.served.num_withdrawn != self.num_withdrawn
 
 
 class Residents:
@@ -170,8 +186,8 @@ class Residents:
     @asynccontextmanager
     async def serving(
         self, name: str, gone: asyncio.Future[None]
-    ) -> AsyncIterator[App]:
-        """The app of a model that is awake, for one request. Raises `Problem`: 404
+    ) -> AsyncIterator[Visit]:
+        """A model that is awake and its app, for one request. Raises `Problem`: 404
         where there is no such model, 503 where it does not come up for this request;
         and `Disconnected` where `gone`, the caller's going, is done before that."""
         served = self._served.setdefault(name, Served(name))
@@ -184,7 +200,7 @@ class Residents:
         served.num_in_flight += 1
         began = time.monotonic()
         try:
-            yield served.frontend.app
+            yield Visit(served.frontend.app, served, served.num_withdrawn)
         finally:
             served.num_in_flight -= 1
             served.last_used = time.monotonic()
@@ -346,6 +362,7 @@ class Residents:
                         attached.set_result(reply)
                     else:
                         error = PoolUnreachable(reply.reason)
+                        served.num_withdrawn += 1
         except ResidentError as failure:
             error = failure
         finally:
@@ -380,6 +397,7 @@ class Residents:
             attachment.cancel()
             await asyncio.wait([attachment])
         if frontend is not None:
+            served.num_withdrawn += 1
             frontend.fail()
             frontend.close()
 
