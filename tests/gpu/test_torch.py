@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 from vllm_resident.rank import holdings, transfer
-from vllm_resident.rank.allocator import Mapper, Mover
 from vllm_resident.rank.arena import BLOCK_BYTES, Arena
 from vllm_resident.rank.device import Device
+from vllm_resident.rank.mover import Mapper, Mover
 
 REPOSITORY = Path(__file__).parents[2]
 GIB = 2**30

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_resident.rank import holdings
-from vllm_resident.rank.allocator import Mapper, Mover
 from vllm_resident.rank.arena import Arena, Block
+from vllm_resident.rank.mover import Mapper, Mover
 
 Handle = tuple[int, int, int, int]
 

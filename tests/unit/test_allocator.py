@@ -16,9 +16,9 @@ import pytest
 from tests.unit.simulated_device import SimulatedDevice, make_mover
 from vllm_resident.errors import CommandRejected
 from vllm_resident.rank import allocator, holdings
-from vllm_resident.rank.allocator import Mover
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.holdings import Allocations, Holdings, Pools
+from vllm_resident.rank.mover import Mover
 from vllm_resident.rank.transfer import Link, Moved
 
 
