@@ -24,6 +24,7 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+import uvloop
 
 from tests.process.test_controller import PoolFixture, pool  # noqa: F401 (a fixture)
 from tests.unit.test_gateway import FakePool
@@ -126,7 +127,7 @@ def serving(
         await there.close()
         await client.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread = threading.Thread(target=lambda: uvloop.run(run()))
     thread.start()
     try:
         until(lambda: bool(stop) and stop[0].started)
