@@ -691,7 +691,8 @@ async def test_too_large_a_body_is_413(
     async with serving(FakePool(a="ready"), tmp_path) as app:
         body = {"model": "a", "prompt": "x" * 1000}
         status, _, headers = await call(app, body=body)
-        assert (status, headers["connection"]) == (413, "close")
+        # What still comes would reset a connection that is closed (`connections.py`).
+        assert (status, "connection" in headers) == (413, False)
         status, _, _ = await call(app, body=b"", **{"content-length": "99999"})
         assert status == 413
 
