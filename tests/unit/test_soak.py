@@ -19,7 +19,7 @@ from vllm_resident.messages import EngineReport, RankStatus, SwitchReport
 
 REST = Rest(
     [700 << 20, 710 << 20], [60, 60], [20, 20], [9, 9], [0, 0], [0, 0],
-    900 << 20, 40, 60 << 20,
+    900 << 20, 40, 30, 60 << 20,
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def test_the_pool_file_declares_every_model(tmp_path: Path) -> None:
         ({"memory_bytes": [700 << 20, 770 << 20]}, "memory_bytes"),
         ({"gateway_bytes": 1000 << 20}, "gateway_bytes"),
         ({"gateway_files": 41}, "gateway_files"),
+        ({"gateway_threads": 35}, "gateway_threads"),
     ],
 )
 def test_what_grew_is_named(changes: dict[str, Any], what: str) -> None:
@@ -49,7 +50,12 @@ def test_what_grew_is_named(changes: dict[str, Any], what: str) -> None:
 
 def test_noise_and_less_are_no_growth() -> None:
     outcome = Outcome()
-    last = replace(REST, memory_bytes=[710 << 20, 300 << 20], num_threads=[19, 20])
+    last = replace(
+        REST,
+        memory_bytes=[710 << 20, 300 << 20],
+        num_threads=[19, 20],
+        gateway_threads=34,
+    )
     soak.check_memory([REST, last], outcome)
     assert outcome.wrong == []
 
