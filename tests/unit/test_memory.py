@@ -152,3 +152,21 @@ def test_load_that_does_not_fit_says_what_would_have_to_sleep():
     harness.load_ready(spec("b"))
     harness.wake_up("a")
     assert "'b' would have to sleep" in harness.error().message
+
+
+def test_a_layout_that_does_not_fit_changes_nothing():
+    """Neither what is kept nor what was to be loaded beside."""
+    harness = Harness(2)
+    sleeper = EngineSpec("a", "/models/a", [0], {}, asleep=True)
+    harness.load_ready(spec("b", [1]))
+    harness.load(sleeper)
+    harness.answer_all()
+    harness.state.device_memory_bytes = WEIGHTS - 1
+    before = harness.status()
+    pinned = EngineSpec("a", "/models/a", [0], {}, pinned=True)
+    harness.apply(pinned, spec("c", [1]))
+    assert harness.error().kind == "CommandRejected"
+    assert harness.to_ranks() == []
+    after = harness.status()
+    assert after.engines == before.engines
+    assert not harness.engine("a").spec.pinned

@@ -133,6 +133,7 @@ def apply(
         switch.moves.append(Move(current[name], 0, 1))
     for name in plan.wake_up:
         switch.moves.append(Move(current[name], current[name].sleep_level, 0))
+    switches.check_room(state, switch.moves)
     for placement in plan.load:
         add_load(state, switch, placement, command.timeout_s, now)
     pinned = {spec.name: spec.pinned for spec in wanted}
@@ -177,6 +178,7 @@ def wake_up(
         for other in _in_the_way(state, engine):
             switch.moves.append(Move(other, 0, 1))
         switch.moves.append(Move(engine, engine.sleep_level, 0))
+        switches.check_room(state, switch.moves)
     switches.begin(state, switch, now)
 
 
@@ -212,6 +214,7 @@ def switch(
             raise CommandRejected(f"engine {existing.name!r} is awake already")
         check_together(state, [Placement(existing.spec, existing.ranks)], leaving=[old])
         switch.moves.append(Move(existing, existing.sleep_level, 0))
+        switches.check_room(state, switch.moves)
     else:
         placement = _place_new(state, command.new, old)
         add_load(state, switch, placement, command.timeout_s, now)

@@ -93,6 +93,7 @@ def bring_up(state: PoolState, action: BringUp, cause: str, now: float) -> None:
     if engine is not None:
         after = None if action.is_move else 0
         switch.moves.append(Move(engine, engine.sleep_level, after))
+    switches.check_room(state, switch.moves)
     if engine is None or action.is_move:
         commands.add_load(state, switch, placement, OWN_TIMEOUT_S, now)
     switches.begin(state, switch, now)

@@ -8,7 +8,7 @@ sleeps, where host memory allows, until what comes serves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -44,12 +44,17 @@ _LOADING = (_P.PREPARING, _P.PREPARED, _P.BUILDING)
 # ------------------------------------------------------------ beginnings
 
 
-def begin(state: PoolState, switch: Switch, now: float) -> None:
-    """Open a switch whose moves were found to be possible."""
-    waking = [m.engine for m in switch.moves if m.before and m.after == 0]
-    leaving = [m.engine for m in switch.moves if m.after != 0]
+def check_room(state: PoolState, moves: Sequence[Move]) -> None:
+    """Raise `CommandRejected` where what wakes up does not fit; before anything is
+    changed. What is loaded is looked at when its ranks have said what it needs."""
+    waking = [m.engine for m in moves if m.before and m.after == 0]
+    leaving = [m.engine for m in moves if m.after != 0]
     if text := memory.shortage(state, waking, leaving):
         raise CommandRejected(text)
+
+
+def begin(state: PoolState, switch: Switch, now: float) -> None:
+    """Open a switch whose moves were found to be possible."""
     state.open_switch(switch)
     for move in switch.moves:
         if move.before is None:
