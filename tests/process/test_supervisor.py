@@ -153,6 +153,20 @@ def test_rank_0_comes_back_where_an_agent_has_the_store(
     supervised.life(1)
 
 
+def test_the_rank_is_the_program_that_was_started() -> None:
+    """Also where another stands in for it, such as one with a simulated device."""
+    said = subprocess.run(
+        [sys.executable, "-m", "tests.process.command_of_rank", "--pool", "p"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    ).stdout
+    expected = ["-m", "tests.process.command_of_rank", "--no-supervisor", "--pool", "p"]
+    assert json.loads(said)[1:] == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_rank_ends_with_its_supervisor(number: int, supervised: Supervised) -> None:
     process = supervised.start()

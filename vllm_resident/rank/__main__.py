@@ -85,8 +85,7 @@ def main() -> int:
         _say(f"{', '.join(missing)} not set: start ranks with torchrun")
         return 2
     if arguments.supervisor:
-        command = supervisor.rank_command(sys.argv[1:])
-        return supervisor.supervise(command, _say)
+        return supervisor.supervise(supervisor.rank_command(), _say)
     try:
         directory = transport.ensure_private(transport.pool_directory(arguments.pool))
         endpoint = arguments.controller or _embedded_endpoint(arguments.pool)

@@ -142,6 +142,8 @@ def _launcher_restarts() -> int:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def rank_command(arguments: Sequence[str]) -> list[str]:
-    """This very program as the rank itself."""
-    return [sys.executable, "-m", "vllm_resident.rank", "--no-supervisor", *arguments]
+def rank_command() -> list[str]:
+    """This very program, with its arguments, as the rank itself."""
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name.removesuffix(".__main__") if spec else "vllm_resident.rank"
+    return [sys.executable, "-m", module, "--no-supervisor", *sys.argv[1:]]
