@@ -27,6 +27,7 @@ SCENARIOS = [
     "twenty",
     "similar_identities",
     "abort_a_meeting",
+    "abort_and_close_at_once",
     "absent_member",
     "closed_on_one_side",
 ]
@@ -164,6 +165,12 @@ def test_an_abort_ends_a_wait_in_the_store(results: Results) -> None:
     assert result["seconds"] < 1
     assert not result["entered"]
     assert result["num_store_keys"] == 0
+
+
+def test_an_abort_in_the_middle_of_a_close_is_none(results: Results) -> None:
+    for result in results["abort_and_close_at_once"]:
+        assert result["errors"] == []
+        assert result["num_groups"] == 0
 
 
 def test_a_member_that_does_not_come_is_named(results: Results) -> None:

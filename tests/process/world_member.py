@@ -34,7 +34,7 @@ from vllm_resident import shm
 from vllm_resident.errors import RankTimeout
 from vllm_resident.rank import ledger, mapping
 from vllm_resident.rank.store import StoreCancelled
-from vllm_resident.rank.world import World, connect_store
+from vllm_resident.rank.world import World, connect_store, num_process_groups
 
 OWNER = shm.owner_token(os.getppid())
 STORE = connect_store(60.0)
@@ -223,6 +223,31 @@ def abort_a_meeting() -> dict[str, Any]:
             "num_store_keys": keys_of("given-up"),
         }
     raise AssertionError("the world was formed")
+
+
+def abort_and_close_at_once() -> dict[str, Any]:
+    """A world given up by the controller in the moment in which its build fails."""
+    errors: list[str] = []
+    for number in range(30):
+        world = form(f"both-{RANK}-{number}", [RANK])
+        together = threading.Barrier(3)
+
+        def act(what: Callable[[], None], together: threading.Barrier) -> None:
+            together.wait()
+            try:
+                what()
+            except Exception as error:  # noqa: BLE001 (what there must be none of)
+                errors.append(repr(error))
+
+        threads = [
+            threading.Thread(target=act, args=(world.abort, together)) for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        act(world.close, together)
+        for thread in threads:
+            thread.join()
+    return {"errors": errors, "num_groups": num_process_groups()}
 
 
 def absent_member() -> dict[str, Any]:

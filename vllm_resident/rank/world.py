@@ -170,6 +170,9 @@ class World:
         self._device: torch.device | None = None
         self._is_aborted = False
         self._aborting: threading.Thread | None = None
+        # Between the thread that aborts and the one that closes.
+        self._lock = threading.Lock()
+        self._is_closing = False
         place = (str(rank), str(size), str(local_rank), self.segment_token)
         self._ambient = ambient.fresh(dict(zip(_PLACE, place, strict=True)))
         key = id(self)
@@ -371,16 +374,28 @@ class World:
         CPU's shared-memory collectives, and CUDA's custom all-reduce, spin on.
         """
         self.call_off()
-        self._start_abort().join(_ABORT_PATIENCE_S)
+        if (aborting := self._start_abort()) is not None:
+            aborting.join(_ABORT_PATIENCE_S)
 
-    def _start_abort(self) -> threading.Thread:
-        """On a thread of its own: aborting NCCL can wait for CUDA graphs to go."""
-        if self._aborting is None or not self._aborting.is_alive():
-            self._aborting = threading.Thread(
-                target=self._abort_groups, name="abort", daemon=True
-            )
-            self._aborting.start()
-        return self._aborting
+    def _start_abort(self) -> threading.Thread | None:
+        """On a thread of its own: aborting NCCL can wait for CUDA graphs to go. No-op
+        for a world whose groups are being destroyed."""
+        with self._lock:
+            is_running = self._aborting is not None and self._aborting.is_alive()
+            if not (is_running or self._is_closing):
+                self._aborting = threading.Thread(
+                    target=self._abort_groups, name="abort", daemon=True
+                )
+                self._aborting.start()
+            return self._aborting
+
+    def _end_aborts(self) -> None:
+        """Wait for one under way, and let none begin: the groups are about to go."""
+        with self._lock:
+            self._is_closing = True
+            aborting = self._aborting
+        if aborting is not None:
+            aborting.join(_ABORT_S)
 
     def _abort_groups(self) -> None:
         # vLLM's own NCCL communicators; each waits up to 5 s for its abort.
@@ -407,8 +422,7 @@ class World:
         orderly = orderly and not self._is_aborted and self._is_idle()
         if not orderly:
             self._start_abort()
-        if self._aborting is not None:
-            self._aborting.join(_ABORT_S)
+        self._end_aborts()
         self.enter()
         groups = list(self._c10d.pg_map)
         if (mine := self._c10d.groups) is not None:
