@@ -370,21 +370,28 @@ def test_the_pools_routes_are_the_clients(
     with gateway.http.stream("GET", "/pool/events") as events:
         lines = events.iter_lines()
         assert next_event(lines, "status")["pool"] == "e2e"
-        models.wake_up(chat)  # another client's command
-        progress = next_event(lines, "progress")
-        assert progress["action"] == "wake_up"
-        while (ended := next_event(lines, "switch"))["number"] != progress["number"]:
+        # Another client's commands. The first may be over before the gateway watches.
+        models.wake_up(chat)
+        while (ended := next_event(lines, "switch"))["report"]["action"] != "wake_up":
             pass
         assert (ended["engines"], ended["report"]["error"]) == ([chat], "")
+        models.sleep(chat)
+        progress = next_event(lines, "progress")
+        while (ended := next_event(lines, "switch"))["number"] != progress["number"]:
+            pass
+        assert (progress["action"], ended["engines"]) == ("sleep", [chat])
     refused = gateway.http.post("/pool/sleep", json={"name": "nobody"})
     assert refused.status_code == 409
     assert refused.json()["error"]["kind"] == "CommandRejected"
 
 
 def next_event(lines: Iterator[str], kind: str) -> Any:
-    """The data of the next server-sent event of that kind."""
-    while next(lines) != f"event: {kind}":
-        pass
+    """The data of the next server-sent event of that kind, which comes within some
+    seconds: each has a status."""
+    num_statuses = 0
+    while (line := next(lines)) != f"event: {kind}":
+        num_statuses += line == "event: status"
+        assert num_statuses < 20, f"no {kind}"
     return json.loads(next(lines).removeprefix("data: "))
 
 
