@@ -155,17 +155,11 @@ said["after burial"] = [at == other for at in device.mapped]
 graphs = sys.modules["vllm_ascend.compilation.acl_graph"] = ModuleType("acl_graph")
 graphs._graph_params = "the first's"  # type: ignore[attr-defined]
 graphs._draft_graph_params = graphs._draft_graph_prefill_params = None  # type: ignore[attr-defined]
-groups = ModuleType("patch_distributed")
-sys.modules["vllm_ascend.patch.worker.patch_distributed"] = groups
-groups.HcclPgRegistry = list  # type: ignore[attr-defined]
-groups._HCCL_PG_REGISTRY = ["ranks 0 and 1"]  # type: ignore[attr-defined]
 second.enter()
-said["second's hccl groups"] = groups._HCCL_PG_REGISTRY
 # vllm-ascend refuses to capture where it is set already.
 params = [graphs._graph_params]
 graphs._graph_params = "the second's"  # type: ignore[attr-defined]
 first.enter()
-said["first's hccl groups"] = groups._HCCL_PG_REGISTRY
 params.append(graphs._graph_params)
 first.close()
 params.append(graphs._graph_params)

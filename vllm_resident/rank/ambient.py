@@ -60,33 +60,17 @@ _GLOBALS = tuple(
 # Where all CUDA graphs are captured (platforms/interface.py).
 _GLOBALS += ((type(current_platform), "_global_graph_pool"),)
 # What vllm-ascend keeps per process though it is one engine's (0.23.0.post1), by
-# module, and as it is before any engine. Its modules are not imported for this: what is
-# not there has nothing to keep.
-_ASCEND: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "vllm_ascend.ascend_config": {"_ASCEND_CONFIG": lambda _: None},
+# module, and as it is before any engine; what belongs to its groups is `holders`'s. Its
+# modules are not imported for this: what is not there has nothing to keep.
+_ASCEND: dict[str, dict[str, Callable[[], Any]]] = {
     "vllm_ascend.utils": dict.fromkeys(
-        (
-            "_ENABLE_SP",
-            "_HAS_LAYER_IDX",
-            "_HAS_ROPE",
-            "_IS_DRAFTER_MOE_MODEL",
-            "_IS_MOE_MODEL",
-            "_IS_VL_MODEL",
-            "_WEIGHT_PREFETCH_METHOD",
-            "_potential_max_tokens",
-        ),
-        lambda _: None,
+        ("_WEIGHT_PREFETCH_METHOD", "_potential_max_tokens"), lambda: None
     ),
     "vllm_ascend.compilation.acl_graph": dict.fromkeys(
         ("_graph_params", "_draft_graph_params", "_draft_graph_prefill_params"),
-        lambda _: None,
+        lambda: None,
     ),
-    "vllm_ascend.ops.fused_moe.moe_comm_method": {"_MoECommMethods": lambda _: {}},
-    # HCCL groups to be used again, by ranks: which count within a world, so that those
-    # of another world would be taken for the same.
-    "vllm_ascend.patch.worker.patch_distributed": {
-        "_HCCL_PG_REGISTRY": lambda module: module.HcclPgRegistry()
-    },
+    "vllm_ascend.ops.fused_moe.moe_comm_method": {"_MoECommMethods": dict},
 }
 _ABSENT = object()
 
@@ -130,7 +114,7 @@ def restore(ambient: Ambient) -> None:
         op._priority_impls = ambient.priorities.get(name, [])
     for name, module, key, initial in _of_ascend():
         kept = ambient.ascend.get((name, key), _ABSENT)
-        setattr(module, key, initial(module) if kept is _ABSENT else kept)
+        setattr(module, key, initial() if kept is _ABSENT else kept)
     torch.set_rng_state(ambient.random_states[0])
     np.random.set_state(ambient.random_states[1])
     random.setstate(ambient.random_states[2])
@@ -146,12 +130,12 @@ def fresh(place: Variables) -> Ambient:
     )
 
 
-def _of_ascend() -> Iterator[tuple[str, Any, str, Callable[[Any], Any]]]:
+def _of_ascend() -> Iterator[tuple[str, Any, str, Callable[[], Any]]]:
     """(name, module, variable, what makes it as before any engine) of what there is."""
     for name, keys in _ASCEND.items():
         if (module := sys.modules.get(name)) is not None:
-            for key, initial in keys.items():
-                yield name, module, key, initial
+            for key in keys.keys() & vars(module).keys():
+                yield name, module, key, keys[key]
 
 
 def variables() -> Variables:
