@@ -47,6 +47,7 @@ class Relay:
             outputs, answers = self._open(zmq.PULL), self._open(zmq.PUSH)
             self.output_address = transport.bind(outputs, endpoint, key)
             answers.connect(out)
+        # Given back and raised again: nobody has the relay yet.
         except BaseException:
             self._give_back()
             raise

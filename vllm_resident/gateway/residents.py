@@ -226,6 +226,7 @@ class Residents:
                     await _unless(gone, self._come_up(served, turn))
                     if served.is_ready:
                         return turn
+                # Ended and raised again, cancelled too: the pool counts the call.
                 except BaseException:
                     await turn.aclose()
                     raise

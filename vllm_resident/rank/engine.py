@@ -368,6 +368,7 @@ class Engine:
             core.shutdown()
             if finalizer := getattr(llm, "_finalizer", None):  # 0.23.0 has none
                 finalizer()
+        # Raised again: after it, nothing of the world may be used again.
         except BaseException:
             orderly = False
             raise

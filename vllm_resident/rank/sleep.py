@@ -68,7 +68,7 @@ class ResidentMemory(SleepModeBackend):
 
     def num_freed_bytes(self) -> int:
         """By how much the device's memory must have fallen in the last `suspend`; what
-        `held` would tell of need not be counted."""
+        `held` would tell of need not be counted. Each kind of memory has its own."""
         raise NotImplementedError
 
     @classmethod

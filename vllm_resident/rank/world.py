@@ -430,6 +430,7 @@ class World:
         try:
             self._close_handles()
             self._holders.close()
+        # Raised again: what did not close in order is not kept.
         except BaseException:
             if mine is not None:
                 mine.abort()
