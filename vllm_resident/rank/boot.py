@@ -26,6 +26,7 @@ from vllm_resident.rank.engine import engine_arg_names, warm_up
 from vllm_resident.rank.groups import destroy
 from vllm_resident.rank.lines import Lines
 from vllm_resident.rank.loop import RankLoop
+from vllm_resident.rank.parts import Parts
 from vllm_resident.rank.world import connect_store
 from vllm_resident.transport import host_id
 
@@ -78,7 +79,8 @@ def boot(
 
     control = Control(rank, incarnation, endpoint, hello, gauges, key)
     lines = Lines(messaging_context(), directory, endpoint, key)
-    loop = RankLoop(rank, device, store, control, lines, owner, communicators)
+    parts = Parts(rank, device, store, control, lines, owner, communicators)
+    loop = RankLoop(parts)
     gc.collect()
     gc.freeze()
     return loop, control

@@ -1,84 +1,22 @@
 """The engines of one rank at work: requests in, steps taken, outputs out.
 
-The half of the command loop that runs while engines serve. `Hosted` is what a rank
-keeps of one engine; how it is built, put to sleep and given back is the loop's.
+What is done between an engine's building and its end, on leaders and followers. How
+one is built is `building`'s, how it is put to sleep and given back `stopping`'s.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
-import zmq
 from vllm.v1.engine import FinishReason
 
 from vllm_resident import messages
 from vllm_resident.errors import CommandRejected, RankTimeout
 from vllm_resident.rank import ledger, lockstep
 from vllm_resident.rank.control import Control
-from vllm_resident.rank.engine import Engine, PhaseClock, Prepared
-from vllm_resident.rank.frontends import Frontends
-from vllm_resident.rank.requests import Requests
-from vllm_resident.rank.world import World
+from vllm_resident.rank.hosted import Hosted
 
 _HOLD_POLL_S = 0.001
-
-
-@dataclass
-class Suspension:
-    """A command to sleep that is being carried out."""
-
-    level: int
-    deadline: float
-    # Until then what runs may go on; it is aborted after that.
-    finish_by: float
-    clock: PhaseClock
-    memory_before_bytes: int
-
-
-@dataclass
-class Hosted:
-    """One engine's part on this rank, from prepare to close."""
-
-    generation: int
-    name: str
-    ranks: list[int]
-    prepared: Prepared | None = None
-    world: World | None = None
-    engine: Engine | None = None
-    leader: lockstep.Leader | None = None
-    follower: lockstep.Follower | None = None
-    requests: Requests | None = None
-    frontends: Frontends | None = None
-    failed: bool = False
-    # Of a leader: by whom it is held, and for which world (`Serving.hold`).
-    holds: set[tuple[int, int]] = field(default_factory=set)
-    close_deadline: float | None = None
-    suspension: Suspension | None = None
-    lines: list[zmq.Socket[bytes]] = field(default_factory=list)
-    # The LoRA adapters that frontends may have loaded: paths by name.
-    adapters: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def asleep(self) -> bool:
-        return self.engine is not None and self.engine.sleep_level > 0
-
-    @property
-    def steps(self) -> bool:
-        """Whether it takes part in steps, or in the plans that say so."""
-        return self.engine is not None and not self.failed and not self.asleep
-
-    @property
-    def has_work(self) -> bool:
-        """Of a leader: whether a step would do anything."""
-        if self.engine is None or self.leader is None:
-            return False
-        return self.engine.has_work or self.leader.has_pending
-
-    @property
-    def awaits_stop(self) -> bool:
-        """Whether a deadline for the leader's stop plan is running."""
-        return self.close_deadline is not None or self.suspension is not None
 
 
 class Serving:
