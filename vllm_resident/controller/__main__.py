@@ -21,15 +21,14 @@ from pathlib import Path
 
 import zmq
 
-from vllm_resident import keys
-from vllm_resident.config import CONFIG_VARIABLE, CallLimits, PoolConfig, read_pool
+from vllm_resident import process_arguments
+from vllm_resident.config import CallLimits, PoolConfig, read_pool
 from vllm_resident.controller.policy import Limits
 from vllm_resident.controller.pool import new_pool
 from vllm_resident.controller.service import Service
 from vllm_resident.controller.usage import Demand
 from vllm_resident.errors import ResidentError
 from vllm_resident.journal import Journal
-from vllm_resident.keys import KEY_FILE_VARIABLE
 from vllm_resident.transport import (
     check_bindable,
     controller_endpoint,
@@ -57,30 +56,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Then: torchrun --nproc-per-node 2 -m vllm_resident.rank "
         "--controller ENDPOINT. Exit status 3: the pool has a controller already.",
     )
-    parser.add_argument(
-        "--pool", default="default", metavar="NAME",
-        help="name of the pool; clients find it by this name (default: %(default)s)",
-    )  # fmt: skip
+    process_arguments.add_pool(parser)
     parser.add_argument(
         "--bind", metavar="ENDPOINT",
         help="ipc:///path/to.sock, or tcp://127.0.0.1:PORT (* takes a free port), or "
         "with a key any address; "
         "default: controller.sock in the pool's folder, which only this user may enter",
     )  # fmt: skip
-    parser.add_argument(
-        "--key-file", metavar="FILE", default=os.environ.get(KEY_FILE_VARIABLE),
-        help="the pool's key (`vllm-resident key FILE` makes one), which peers over "
-        f"TCP must hold too (default: ${KEY_FILE_VARIABLE})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--config", metavar="POOL.toml", default=os.environ.get(CONFIG_VARIABLE),
-        help="what the pool may hold and how much of it: budgets and declared models "
-        f"(default: ${CONFIG_VARIABLE}, else nothing is declared)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--owner-pid", type=int, metavar="PID",
-        help="stop the pool when this process (say, the launcher of the ranks) ends",
-    )  # fmt: skip
+    process_arguments.add_key_file(parser)
+    process_arguments.add_config(parser)
+    process_arguments.add_owner_pid(parser)
     parser.add_argument(
         "--heartbeat-timeout", type=float, default=4.0, metavar="S",
         help="a rank of another host that is silent for so many seconds is lost; the "
@@ -150,7 +135,7 @@ def serve(options: argparse.Namespace) -> int:
     config = read_pool(options.config) if options.config else PoolConfig()
     directory = ensure_private(pool_directory(options.pool))
     endpoint = options.bind or controller_endpoint(options.pool)
-    key = keys.read(options.key_file) if options.key_file else None
+    key = process_arguments.read_key(options)
     check_bindable(endpoint, has_key=key is not None)
     lock = take_lock(directory)
     check_unused(endpoint)

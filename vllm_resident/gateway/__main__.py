@@ -20,7 +20,7 @@ from pathlib import Path
 
 import uvicorn
 
-from vllm_resident import keys, patching, transport
+from vllm_resident import patching, process_arguments, transport
 from vllm_resident.client import AsyncClient
 from vllm_resident.client.connection import ENDPOINT_VARIABLE
 from vllm_resident.errors import CommandRejected, ResidentError
@@ -32,7 +32,7 @@ from vllm_resident.gateway.pool_routes import PoolRoutes
 from vllm_resident.gateway.relay import Relay
 from vllm_resident.gateway.residents import MakeRelay, Residents
 from vllm_resident.gateway.turns import Turns
-from vllm_resident.keys import KEY_FILE_VARIABLE, PoolKey
+from vllm_resident.keys import PoolKey
 from vllm_resident.transport import is_loopback, parse_http_address
 
 log = logging.getLogger("vllm_resident.gateway")
@@ -58,21 +58,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="where to listen; beyond loopback only with --api-key "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--pool", metavar="NAME", default="default", help="default: %(default)s"
-    )
+    process_arguments.add_pool(parser)
     parser.add_argument(
         "--controller",
         metavar="ENDPOINT",
         help=f"default: ${ENDPOINT_VARIABLE}, else the pool's own",
     )
-    parser.add_argument(
-        "--key-file",
-        metavar="FILE",
-        default=os.environ.get(KEY_FILE_VARIABLE),
-        help="the key of a pool on several machines (`vllm-resident key FILE` makes "
-        f"one; default: ${KEY_FILE_VARIABLE})",
-    )
+    process_arguments.add_key_file(parser)
     parser.add_argument(
         "--api-key",
         metavar="KEY",
@@ -89,12 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="a key for /pool and what is below it; without one they answer on "
         "loopback only (default: $VLLM_RESIDENT_OPERATOR_KEY)",
     )
-    parser.add_argument(
-        "--owner-pid",
-        metavar="PID",
-        type=int,
-        help="stop when this process (say, the launcher of the ranks) ends",
-    )
+    process_arguments.add_owner_pid(parser)
     options = parser.parse_args(argv)
     options.api_key = _keys(options.api_key, "VLLM_API_KEY")
     options.operator_key = _keys(options.operator_key, "VLLM_RESIDENT_OPERATOR_KEY")
@@ -143,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         patching.activate()
         directory = transport.ensure_private(transport.pool_directory(options.pool))
-        key = keys.read(options.key_file) if options.key_file else None
+        key = process_arguments.read_key(options)
     except ResidentError as error:
         sys.stderr.write(f"vllm_resident.gateway: {error}\n")
         return 2

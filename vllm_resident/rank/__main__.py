@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from vllm_resident import keys, transport
-from vllm_resident.config import CONFIG_VARIABLE, read_pool
+from vllm_resident import process_arguments, transport
+from vllm_resident.config import read_pool
 from vllm_resident.errors import ResidentError
-from vllm_resident.keys import KEY_FILE_VARIABLE, PoolKey
+from vllm_resident.keys import PoolKey
 from vllm_resident.rank import supervisor
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.prepare import prepare_process
@@ -45,25 +45,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="join the controller at this ZMQ endpoint; without it global rank 0 "
         "starts one that ends with the pool",
     )
-    parser.add_argument(
-        "--pool",
-        default="default",
-        help="name of the pool on this machine (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="POOL.toml",
-        default=os.environ.get(CONFIG_VARIABLE),
-        help="what the pool may hold and how much of it, for the controller that rank "
-        f"0 starts (default: ${CONFIG_VARIABLE})",
-    )
-    parser.add_argument(
-        "--key-file",
-        metavar="FILE",
-        default=os.environ.get(KEY_FILE_VARIABLE),
-        help="the key of a pool on several machines (`vllm-resident key FILE` makes "
-        f"one; default: ${KEY_FILE_VARIABLE})",
-    )
+    process_arguments.add_pool(parser)
+    process_arguments.add_config(parser, ", for the controller that rank 0 starts")
+    process_arguments.add_key_file(parser)
     parser.add_argument(
         "--no-supervisor",
         dest="supervisor",
@@ -89,7 +73,7 @@ def main() -> int:
     try:
         directory = transport.ensure_private(transport.pool_directory(arguments.pool))
         endpoint = arguments.controller or _embedded_endpoint(arguments.pool)
-        key = keys.read(arguments.key_file) if arguments.key_file else None
+        key = process_arguments.read_key(arguments)
     except ResidentError as error:
         _say(str(error))
         return 2
