@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import psutil  # type: ignore[import-untyped]
 
@@ -191,21 +191,33 @@ def launch(
     environment = {k: v for k, v in os.environ.items() if k != ENDPOINT_VARIABLE}
     if config:
         environment[CONFIG_VARIABLE] = str(Path(config).resolve())
-    starter = os.getpid()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            # A session of its own: the terminal's Ctrl-C is for the starter, who ends
-            # the pool in order.
-            start_new_session=True,
-            # Between fork and exec other threads' locks may be held: it takes none.
-            preexec_fn=None if detach else lambda: die_with(starter),  # noqa: PLW1509
-        )
+        process = spawn(command, output, environment, detach=detach)
     return Launch(process, endpoint, log, start_up)
+
+
+def spawn(
+    command: list[str],
+    output: IO[bytes],
+    environment: dict[str, str],
+    *,
+    detach: bool,
+) -> subprocess.Popen[bytes]:
+    """Start a process of the pool. It is sent SIGTERM when the thread that called this
+    ends, by `kill -9` of its process too, unless it is to go on (`detach`)."""
+    starter = os.getpid()
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        # A session of its own: the terminal's Ctrl-C is for the starter, who ends the
+        # pool in order.
+        start_new_session=True,
+        # Between fork and exec other threads' locks may be held: it takes none.
+        preexec_fn=None if detach else lambda: _die_with(starter),  # noqa: PLW1509
+    )
 
 
 def torchrun_command(
@@ -250,7 +262,7 @@ def num_gpus() -> int:
     return min(installed, len(visible.split(","))) if visible else installed
 
 
-def die_with(starter: int) -> None:
+def _die_with(starter: int) -> None:
     """In the child, before exec: SIGTERM to it when the starting thread's process ends,
     by `kill -9` too (prctl(2), PR_SET_PDEATHSIG)."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

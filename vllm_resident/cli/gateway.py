@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm_resident import transport
 from vllm_resident.errors import CommandRejected, ResidentError
-from vllm_resident.launch import POLL_INTERVAL_S, die_with
+from vllm_resident.launch import POLL_INTERVAL_S, spawn
 
 # It lets what it answers go on for ten seconds.
 END_TIMEOUT_S = 20.0
@@ -104,15 +104,6 @@ def start(
         *(sys.executable, "-m", "vllm_resident.gateway", "--pool", pool),
         *("--controller", controller, "--http", http, "--owner-pid", str(owner_pid)),
     ]
-    starter = os.getpid()
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=None if detach else lambda: die_with(starter),  # noqa: PLW1509
-        )
+        process = spawn(command, output, environment, detach=detach)
     return GatewayProcess(process, host, port, log)
