@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import members
 from vllm_resident.rank import holdings, transfer
 from vllm_resident.rank.arena import BLOCK_BYTES, Arena
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.mover import Mapper, Mover
 
-REPOSITORY = Path(__file__).parents[2]
 GIB = 2**30
 # One engine's weights, in a few allocations as torch's segments are.
 NUM_ALLOCATIONS, ALLOCATION_BYTES = 8, 256 * 2**20
@@ -191,37 +186,14 @@ def test_a_sleepers_memory_is_the_devices_again(
 
 def run_members(num_ranks: int, *scenarios: str) -> list[dict[str, Any]]:
     """Each process's results; all are gone when this returns."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    members = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.nccl_member", *scenarios],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
+    _, texts = members.run(
+        "tests.gpu.nccl_member", *scenarios, num_ranks=num_ranks, timeout_s=SCENARIOS_S
+    )
     results = []
-    try:
-        for member in members:
-            said, _ = member.communicate(timeout=SCENARIOS_S)
-            lines = [x for x in said.splitlines() if x.startswith("RESULTS ")]
-            assert lines, said[-4000:]
-            results.append(json.loads(lines[0].removeprefix("RESULTS ")))
-    finally:
-        for member in members:
-            member.kill()
-            member.wait()
+    for text in texts:
+        lines = [x for x in text.splitlines() if x.startswith("RESULTS ")]
+        assert lines, text[-4000:]
+        results.append(json.loads(lines[0].removeprefix("RESULTS ")))
     return results
 
 

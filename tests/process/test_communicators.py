@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process.test_worlds import NUM_RANKS, REPOSITORY, free_port
+from tests import members
 
+NUM_RANKS = 4
 CREATION_S = 0.33
 # Of making a world anew, at most, for entering one that was there before.
 RATIO = 0.05
@@ -40,54 +36,24 @@ log = logging.getLogger(__name__)
 Results = dict[str, list[dict[str, Any]]]
 
 
-def run(folder: Path, plan: dict[str, Any], scenarios: list[str]) -> Results:
+def run(plan: dict[str, Any], scenarios: list[str]) -> Results:
     """What each scenario gave, by its name and in the order of ranks."""
-    port = free_port()
-    logs = [folder / f"rank-{rank}.log" for rank in range(NUM_RANKS)]
-    members = [start(rank, port, log, plan, scenarios) for rank, log in enumerate(logs)]
-    deadline = time.monotonic() + 380
-    try:
-        codes = [member.wait(deadline - time.monotonic()) for member in members]
-    finally:
-        for member in members:
-            member.kill()
-            member.wait()
-    texts = [log.read_text(errors="replace") for log in logs]
+    statuses, texts = members.run(
+        "tests.process.communicator_member",
+        json.dumps(plan),
+        *scenarios,
+        num_ranks=NUM_RANKS,
+        timeout_s=380.0,
+    )
     last = -9 if "dies" in scenarios else 0
-    assert codes == [0] * (NUM_RANKS - 1) + [last], [text[-2000:] for text in texts]
+    expected = [0] * (NUM_RANKS - 1) + [last]
+    assert statuses == expected, [text[-2000:] for text in texts]
     assert all("SIMULATED" in text for text in texts)
-    found: Results = {}
-    for text in texts:
-        for line in text.splitlines():
-            if line.startswith("RESULT "):
-                result = json.loads(line.removeprefix("RESULT "))
-                found.setdefault(result["scenario"], []).append(result)
-    return found
-
-
-def start(
-    rank: int, port: int, output: Path, plan: dict[str, Any], scenarios: list[str]
-) -> subprocess.Popen[bytes]:
-    module = "tests.process.communicator_member"
-    with output.open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(plan), *scenarios],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(NUM_RANKS),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    return members.by_scenario(texts)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results() -> Results:
     plan = {
         "creation_s": CREATION_S,
         "num_layouts": 10,
@@ -97,7 +63,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         "num_small": 6,
         "small_budget": SMALL_BUDGET,
     }
-    return run(tmp_path_factory.mktemp("communicators"), plan, SCENARIOS)
+    return run(plan, SCENARIOS)
 
 
 def check_layouts(results: Results) -> None:
@@ -141,21 +107,21 @@ def test_worlds_over_overlapping_ranks_come_and_go(results: Results) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_worlds_over_overlapping_ranks(tmp_path: Path) -> None:
+def test_two_thousand_worlds_over_overlapping_ranks() -> None:
     """What the model in `tests/unit/test_forming.py` says of the order, done."""
     plan = {"creation_s": 0.0, "num_worlds": 2000}
-    check_interleaved(run(tmp_path, plan, ["interleaved"]), 2000)
+    check_interleaved(run(plan, ["interleaved"]), 2000)
 
 
 @pytest.mark.slow
-def test_a_hundred_random_layouts(tmp_path: Path) -> None:
+def test_a_hundred_random_layouts() -> None:
     plan = {
         "creation_s": CREATION_S,
         "num_layouts": 100,
         "num_distinct": 100,
         "seed": 23,
     }
-    check_layouts(run(tmp_path, plan, ["layouts"]))
+    check_layouts(run(plan, ["layouts"]))
 
 
 def test_without_a_pool_every_world_is_made_anew(results: Results) -> None:

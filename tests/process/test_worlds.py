@@ -5,20 +5,13 @@ The processes start once and go through every scenario; each test looks at one.
 
 from __future__ import annotations
 
-import json
-import os
-import socket as network
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import NO_SHARED_MEMORY
+from tests.members import by_scenario, run
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_RANKS = 4
 START_AND_RUN_S = 280.0
 SCENARIOS = [
@@ -38,54 +31,17 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(310)]
 Results = dict[str, list[dict[str, Any]]]
 
 
-def free_port() -> int:
-    with network.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start(rank: int, port: int, output: Path) -> subprocess.Popen[bytes]:
-    with output.open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.process.world_member", *SCENARIOS],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(NUM_RANKS),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results() -> Results:
     """What each scenario gave, by rank."""
-    folder = tmp_path_factory.mktemp("worlds")
-    port = free_port()
-    logs = [folder / f"rank-{rank}.log" for rank in range(NUM_RANKS)]
-    members = [start(rank, port, log) for rank, log in enumerate(logs)]
-    deadline = time.monotonic() + START_AND_RUN_S
-    try:
-        codes = [member.wait(deadline - time.monotonic()) for member in members]
-    finally:
-        for member in members:
-            member.kill()
-            member.wait()
-    texts = [log.read_text(errors="replace") for log in logs]
-    assert codes == [0] * NUM_RANKS, [text[-2000:] for text in texts]
-    found: Results = {name: [] for name in SCENARIOS}
-    for text in texts:
-        for line in text.splitlines():
-            if line.startswith("RESULT "):
-                result = json.loads(line.removeprefix("RESULT "))
-                found[result["scenario"]].append(result)
-    return found
+    statuses, texts = run(
+        "tests.process.world_member",
+        *SCENARIOS,
+        num_ranks=NUM_RANKS,
+        timeout_s=START_AND_RUN_S,
+    )
+    assert statuses == [0] * NUM_RANKS, [text[-2000:] for text in texts]
+    return by_scenario(texts)
 
 
 def expected_sums(names: list[str]) -> dict[str, list[float]]:
