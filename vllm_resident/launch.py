@@ -233,6 +233,9 @@ def torchrun_command(
         "--nnodes=1",
         f"--nproc-per-node={num_ranks}",
         f"--max-restarts={max_restarts}",
+        # It would leave a folder in the temporary one, with nothing in it: what the
+        # ranks print is not redirected (torch 2.13, elastic/multiprocessing/api.py).
+        f"--log-dir={os.devnull}",
         "-m",
         "vllm_resident.rank",
         "--pool",

@@ -31,16 +31,21 @@ def models() -> dict[str, str]:
     return make_models()
 
 
-def asked(user: Shell, *words: str) -> dict[str, Any]:
+def asked(user: Shell, *words: str, **variables: str) -> dict[str, Any]:
     """One command's document."""
-    done = user.run("vllm-resident", *words, "--json")
+    done = user.run("vllm-resident", *words, "--json", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 
 
 def test_a_pool_from_start_to_end(user: Shell, models: dict[str, str]) -> None:
-    up = asked(user, "up", "--detach", "--nproc-per-node", "2")
+    temporary = user.folder / "tmp"
+    temporary.mkdir()
+    # What torch compiled is kept from one pool to the next, and is to be.
+    kept = str(temporary.parent / "inductor")
+    up = asked(user, "up", "--detach", "--nproc-per-node", "2",
+               TMPDIR=str(temporary), TORCHINDUCTOR_CACHE_DIR=kept)  # fmt: skip
     assert [rank["phase"] for rank in up["status"]["ranks"]] == ["ready", "ready"]
     pids = [rank["pid"] for rank in up["status"]["ranks"]]
 
@@ -68,6 +73,7 @@ def test_a_pool_from_start_to_end(user: Shell, models: dict[str, str]) -> None:
     assert asked(user, "shutdown")["stopped"]
     user.wait_until_empty()
     assert user.sockets() == []
+    assert list(temporary.iterdir()) == []
     assert segments_of(up["torchrun_pid"]) == []
     assert user.run("vllm-resident", "status").returncode == 3
 

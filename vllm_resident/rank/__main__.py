@@ -24,6 +24,7 @@ from vllm_resident.keys import PoolKey
 from vllm_resident.rank import supervisor
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.prepare import prepare_process
+from vllm_resident.rank.rpc import SocketFolder
 
 log = logging.getLogger("vllm_resident.rank")
 
@@ -93,13 +94,15 @@ def main() -> int:
         except ResidentError as error:
             _say(str(error), terminal)
             return 2
+    sockets = SocketFolder(directory, rank)
     try:
-        status = _run(rank, device, endpoint, key, directory, terminal)
+        status = _run(rank, device, endpoint, key, directory, terminal, sockets)
     # Whatever keeps this rank from starting: the person at the terminal sees no log.
     except Exception as error:
         log.exception("event=failed rank=%d", rank)
         _say(f"rank {rank}: {type(error).__name__}: {error}", terminal)
         status = 1
+    sockets.remove()
     logging.shutdown()
     # Static destructors of communicators may wait for peers that are already gone.
     sys.stdout.flush()
@@ -201,11 +204,14 @@ def _run(
     key: PoolKey | None,
     directory: Path,
     terminal: int,
+    sockets: SocketFolder,
 ) -> int:
     since = time.monotonic()
     from vllm_resident.rank.boot import boot
 
-    loop, control = boot(rank, device, endpoint, key, directory, STORE_TIMEOUT_S)
+    loop, control = boot(
+        rank, device, endpoint, key, directory, STORE_TIMEOUT_S, sockets
+    )
     # The control thread acts on the wake-up byte; Python's handlers run on the main
     # thread, which may be inside a collective that never ends.
     signal.set_wakeup_fd(control.signal_fd, warn_on_full_buffer=False)

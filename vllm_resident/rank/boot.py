@@ -27,6 +27,7 @@ from vllm_resident.rank.groups import destroy
 from vllm_resident.rank.lines import Lines
 from vllm_resident.rank.loop import RankLoop
 from vllm_resident.rank.parts import Parts
+from vllm_resident.rank.rpc import SocketFolder
 from vllm_resident.rank.world import connect_store
 from vllm_resident.transport import host_id
 
@@ -38,6 +39,7 @@ def boot(
     key: PoolKey | None,
     directory: Path,
     store_timeout_s: float,
+    sockets: SocketFolder,
 ) -> tuple[RankLoop, Control]:
     """The rank's loop and its control thread, not started yet. Blocks for the store."""
     if current_platform.device_type != device.type:
@@ -79,7 +81,7 @@ def boot(
 
     control = Control(rank, incarnation, endpoint, hello, gauges, key)
     lines = Lines(messaging_context(), directory, endpoint, key)
-    parts = Parts(rank, device, store, control, lines, owner, communicators)
+    parts = Parts(rank, device, store, control, lines, owner, communicators, sockets)
     loop = RankLoop(parts)
     gc.collect()
     gc.freeze()

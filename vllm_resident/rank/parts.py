@@ -11,6 +11,7 @@ from vllm_resident.rank.communicators import CommunicatorPool
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.device import Device
 from vllm_resident.rank.lines import Lines
+from vllm_resident.rank.rpc import SocketFolder
 from vllm_resident.rank.world import Store
 
 
@@ -26,6 +27,7 @@ class Parts:
     lines: Lines
     owner: str
     communicators: CommunicatorPool
+    sockets: SocketFolder
 
     def memory_used(self) -> int:
         """Bytes, as the device counts them."""

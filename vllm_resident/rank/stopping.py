@@ -223,6 +223,8 @@ class Stopping:
             return error
         finally:
             self._parts.control.forget(hosted.generation)
+            if all(each.world is None for each in self._engines):
+                self._parts.sockets.sweep()
         return None
 
 
