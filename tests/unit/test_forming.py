@@ -1,9 +1,9 @@
 """Worlds that form never wait for each other in a cycle, nor for engines that serve.
 
-The controller is the real one; ranks are modelled as `rank/loop.py` and
-`rank/world.py` behave where they wait: commands one by one in the order they came, a
-meeting in which the rank goes on stepping until all have come, a hold at the same step
-on all ranks of an engine, then nothing else until the world is formed. A random
+The controller is the real one; ranks are modelled as `rank/loop.py`, `rank/beside.py`
+and `rank/world.py` behave where they wait: commands one by one in the order they came,
+a meeting in which the rank goes on stepping until all have come, a hold at the same
+step on all ranks of an engine, then nothing else until the world is formed. A random
 scheduler decides who does what next. What would break this is tried too: the same model
 must then lock up.
 """
