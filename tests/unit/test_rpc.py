@@ -35,7 +35,11 @@ def test_vllm_is_told_of_it_and_it_goes_with_the_rank(tmp_path: Path) -> None:
     folder.sweep()
     assert not left.exists()
     leave_socket(own)
+    (own / "folder").mkdir()
+    folder.sweep()
+    assert [each.name for each in own.iterdir()] == ["folder"]
     folder.remove()
+    folder.sweep()
     folder.remove()
     assert list(tmp_path.iterdir()) == []
 
