@@ -190,6 +190,7 @@ def main() -> int:
     parser.add_argument("--nnodes")
     parser.add_argument("--nproc-per-node", type=int)
     parser.add_argument("--max-restarts")
+    parser.add_argument("--log-dir")
     parser.add_argument("-m")
     parser.add_argument("--pool")
     options = parser.parse_args()
