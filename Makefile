@@ -4,6 +4,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Where bytecode is not written (containers set that), every rank, gateway and torchrun
+# compiles the thousands of modules of torch and vLLM anew: half of its start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow gpu check format clean
 

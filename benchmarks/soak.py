@@ -37,6 +37,9 @@ from examples.checkpoints import cache_folder
 from vllm_resident import Client, PoolStatus, journal
 from vllm_resident.transport import pool_directory
 
+# By model, of each of PROMPTS, its tokens.
+Answers = dict[str, list[list[int]]]
+
 NUM_RANKS = 2
 # name -> checkpoint and ranks; no two have the same weights.
 MODELS: dict[str, tuple[str, int]] = {
@@ -207,17 +210,22 @@ def say(text: str) -> None:
     print(f"[{now}] {text}", file=sys.stderr, flush=True)
 
 
-def soak(num_rounds: int, round_s: float, seed: int) -> Outcome:
-    """The trace, so many rounds of it. Blocks; leaves nothing running."""
-    outcome = Outcome()
+def ask_plain() -> Answers:
+    """What plain vLLM answers for each model, made if need be; blocks for a minute."""
     make_checkpoints(checkpoint for checkpoint, _ in MODELS.values())
     say("asking plain vLLM")
-    answers = plain_answers(
+    return plain_answers(
         {name: str(cache_folder() / source) for name, (source, _) in MODELS.items()},
         ENGINE_ARGS,
         PROMPTS,
         {**SAMPLING, "max_tokens": MAX_TOKENS},
     )
+
+
+def soak(num_rounds: int, round_s: float, seed: int, answers: Answers) -> Outcome:
+    """The trace, so many rounds of it, each answer compared with `ask_plain`'s. Blocks;
+    leaves nothing running."""
+    outcome = Outcome()
     with serving() as server:
         gateway = psutil.Process(server.pid)
         rng = random.Random(seed)
@@ -309,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     # Two at least: memory is compared from one rest to another.
     num_rounds = max(2, round(arguments.minutes))
-    outcome = soak(num_rounds, arguments.minutes * 60 / num_rounds, arguments.seed)
+    round_s = arguments.minutes * 60 / num_rounds
+    outcome = soak(num_rounds, round_s, arguments.seed, ask_plain())
     print(summary(outcome))
     if arguments.json:
         document = {

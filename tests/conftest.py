@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
 # vLLM builds its shared-memory collectives into its AVX-512 kernels alone (0.32.0).
 NO_SHARED_MEMORY = "vLLM's kernels for this CPU have no shared-memory collectives"
@@ -10,6 +12,10 @@ NO_SHARED_MEMORY = "vLLM's kernels for this CPU have no shared-memory collective
 
 def pytest_configure() -> None:
     """As if started from a terminal: a shell that starts this in the background has it
-    ignore Ctrl-C, and so would every process that the tests start."""
+    ignore Ctrl-C, and so would every process that the tests start. And with bytecode
+    written, wherever this runs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As in the Makefile: a hundred processes import what one has compiled.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False

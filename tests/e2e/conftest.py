@@ -11,17 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from benchmarks import mixed, soak
 from examples.checkpoints import REPO_ROOT, cache_folder, make
 from tests.e2e.pools import (
     ARCHITECTURES,
     ENGINE_ARGS,
+    PROMPTS,
     SAMPLING,
-    plain_vllm_tokens,
     running_pool,
 )
 from tests.e2e.references import (
@@ -32,6 +32,8 @@ from tests.e2e.references import (
 )
 from vllm_resident import Client
 
+# Of every tiny model.
+EOS = 1
 LOAD_PHASES = (
     "prepare",
     "form_world",
@@ -113,14 +115,27 @@ def tuned(
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoints: dict[str, str]) -> Callable[[str], list[list[int]]]:
-    """Tokens of PROMPTS from plain vLLM in a fresh process, once per model."""
+def plain() -> soak.Answers:
+    """What plain vLLM, a fresh process a model, answers for all models at once: most of
+    the time is its import, which they share."""
+    return soak.ask_plain()
 
-    @cache
+
+@pytest.fixture(scope="session")
+def reference(plain: soak.Answers) -> Callable[[str], list[list[int]]]:
+    """Its tokens of PROMPTS by a model's name, as SAMPLING has them."""
+    places = [mixed.PROMPTS.index(prompt) for prompt in PROMPTS]
+
     def tokens(name: str) -> list[list[int]]:
-        return plain_vllm_tokens(checkpoints[name])
+        return [ended(plain[name][place]) for place in places]
 
     return tokens
+
+
+def ended(tokens: list[int]) -> list[int]:
+    """A greedy answer that ignored the ends of the text, as one that does not."""
+    tokens = tokens[: SAMPLING["max_tokens"]]
+    return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ by rounding), eager, with a small KV cache of a fixed size.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -33,40 +32,6 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "opt", "mixtral"]
 PROMPTS = ["hello world", "the quick brown fox", "a", "fox " * 20]
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16}
 READY_TIMEOUT_S = 240.0
-
-_REFERENCE = """
-import json, os, sys
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-from vllm import LLM, SamplingParams
-request = json.loads(sys.argv[1])
-llm = LLM(request["model"], **request["engine_args"])
-outputs = llm.generate(request["prompts"], SamplingParams(**request["sampling"]))
-tokens = [list(output.outputs[0].token_ids) for output in outputs]
-print("REFERENCE " + json.dumps(tokens), flush=True)
-os._exit(0)
-"""
-
-
-def plain_vllm_tokens(model: str) -> list[list[int]]:
-    """What a plain `vllm.LLM` in a fresh process generates for PROMPTS."""
-    request = {
-        "model": model,
-        "engine_args": ENGINE_ARGS,
-        "prompts": PROMPTS,
-        "sampling": SAMPLING,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", _REFERENCE, json.dumps(request)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith("REFERENCE "):
-            tokens: list[list[int]] = json.loads(line.removeprefix("REFERENCE "))
-            return tokens
-    raise AssertionError(f"plain vLLM failed on {model}:\n{done.stderr[-3000:]}")
 
 
 @contextmanager

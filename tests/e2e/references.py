@@ -1,5 +1,5 @@
 """What plain vLLM answers in a fresh process, of models of other kinds than those that
-`pools.plain_vllm_tokens` asks: embeddings, and an adapter's completion."""
+the fixture `plain` asks: embeddings, and an adapter's completion."""
 
 from __future__ import annotations
 

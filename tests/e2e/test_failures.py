@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,102 +47,116 @@ class Streaming(threading.Thread):
             self.ended_at = time.monotonic()
 
 
+@pytest.fixture(scope="module")
+def healing_pool(
+    pool_folder: Path, checkpoints: dict[str, str]
+) -> Iterator[tuple[Client, str, str]]:
+    """A pool whose ranks are lost and come back, and two models."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv(
+        "VLLM_RESIDENT_FAULTS",
+        '[{"rank": 1, "phase": "load_model", "engine": "hangs", "action": "hang"}]',
+    )
+    with running_pool("failures", pool_folder) as client:
+        patch.undo()
+        yield client, checkpoints["llama"], checkpoints["qwen2"]
+
+
 @pytest.fixture
-def own_folder(pool_folder: Path, request: pytest.FixtureRequest) -> Path:
-    return pool_folder
+def healed(healing_pool: tuple[Client, str, str]) -> tuple[Client, str, str]:
+    """It, complete and with nothing loaded."""
+    client, *_ = healing_pool
+    wait_until(client, lambda s: s.phase == "ready", 120, "the ranks' return")
+    client.apply([])
+    return healing_pool
 
 
 @pytest.mark.timeout(300)
 def test_a_killed_rank_is_named_and_comes_back_while_the_other_serves(
-    own_folder: Path, checkpoints: dict[str, str]
+    healed: tuple[Client, str, str],
 ) -> None:
     """kill -9 of rank 1 in the middle of a stream of each rank."""
-    with running_pool("killed", own_folder) as client:
-        client.load("left", checkpoints["llama"], ranks=[0], **ENGINE_ARGS)
-        client.load("right", checkpoints["qwen2"], ranks=[1], **ENGINE_ARGS)
-        expected = {
-            name: client.generate(name, "hello", SAMPLING) for name in ("left", "right")
-        }
-        left, right = Streaming(client, "left"), Streaming(client, "right")
-        for stream in (left, right):
-            stream.start()
-            assert stream.started.wait(20)
-        before, old = client.status(), pids(client)
-        killed_at = time.monotonic()
-        os.kill(old[1], signal.SIGKILL)
-        right.join(10)
-        assert isinstance(right.error, RankLost)
-        assert right.error.rank == 1
-        assert right.ended_at - killed_at < 5
-        num_pieces = left.num_pieces
-        status = wait_until(
-            client,
-            lambda s: (
-                s.phase == "ready"
-                and {e.phase for e in s.engines} == {"ready"}
-                and len(s.engines) == 2
-            ),
-            120,
-            "the return of the rank and its engine",
-        )
-        # The other never noticed: its process, its engine, its stream.
-        assert left.error is None
-        assert left.num_pieces > num_pieces
-        now = {e.name: e.generation for e in status.engines}
-        was = {e.name: e.generation for e in before.engines}
-        assert now["left"] == was["left"]
-        assert now["right"] != was["right"]
-        assert pids(client)[0] == old[0]
-        assert pids(client)[1] != old[1]
-        assert [rank.incarnation for rank in status.ranks] == [0, 1]
-        for name, completions in expected.items():
-            assert client.generate(name, "hello", SAMPLING) == completions
-        assert not is_alive(old[1])
-        left.leave = True
-        left.join(20)
+    client, llama, qwen2 = healed
+    client.load("left", llama, ranks=[0], **ENGINE_ARGS)
+    client.load("right", qwen2, ranks=[1], **ENGINE_ARGS)
+    expected = {
+        name: client.generate(name, "hello", SAMPLING) for name in ("left", "right")
+    }
+    left, right = Streaming(client, "left"), Streaming(client, "right")
+    for stream in (left, right):
+        stream.start()
+        assert stream.started.wait(20)
+    before, old = client.status(), pids(client)
+    killed_at = time.monotonic()
+    os.kill(old[1], signal.SIGKILL)
+    right.join(10)
+    assert isinstance(right.error, RankLost)
+    assert right.error.rank == 1
+    assert right.ended_at - killed_at < 5
+    num_pieces = left.num_pieces
+    status = wait_until(
+        client,
+        lambda s: (
+            s.phase == "ready"
+            and {e.phase for e in s.engines} == {"ready"}
+            and len(s.engines) == 2
+        ),
+        120,
+        "the return of the rank and its engine",
+    )
+    # The other never noticed: its process, its engine, its stream.
+    assert left.error is None
+    assert left.num_pieces > num_pieces
+    now = {e.name: e.generation for e in status.engines}
+    was = {e.name: e.generation for e in before.engines}
+    assert now["left"] == was["left"]
+    assert now["right"] != was["right"]
+    assert pids(client)[0] == old[0]
+    assert pids(client)[1] != old[1]
+    lives = [rank.incarnation for rank in before.ranks]
+    assert [rank.incarnation for rank in status.ranks] == [lives[0], lives[1] + 1]
+    for name, completions in expected.items():
+        assert client.generate(name, "hello", SAMPLING) == completions
+    assert not is_alive(old[1])
+    left.leave = True
+    left.join(20)
 
 
 @pytest.mark.timeout(300)
 def test_a_killed_rank_of_a_tp2_engine_leaves_no_call_hanging(
-    own_folder: Path, checkpoints: dict[str, str]
+    healed: tuple[Client, str, str],
 ) -> None:
     """The survivor spins in a shared-memory collective that nothing can abort: it is
     ended too, and the restarted ranks serve again."""
-    with running_pool("killed2", own_folder) as client:
-        client.load("both", checkpoints["llama"], ranks=[0, 1], **ENGINE_ARGS)
-        expected = client.generate("both", "hello", SAMPLING)
-        stream = Streaming(client, "both")
-        stream.start()
-        assert stream.started.wait(20)
-        killed_at = time.monotonic()
-        os.kill(pids(client)[1], signal.SIGKILL)
-        stream.join(10)
-        assert isinstance(stream.error, RankLost)
-        assert stream.ended_at - killed_at < 5
-        wait_until(
-            client,
-            lambda s: [e.phase for e in s.engines] == ["ready"],
-            120,
-            "the layout's return",
-        )
-        assert client.generate("both", "hello", SAMPLING) == expected
+    client, llama, _ = healed
+    client.load("both", llama, ranks=[0, 1], **ENGINE_ARGS)
+    expected = client.generate("both", "hello", SAMPLING)
+    stream = Streaming(client, "both")
+    stream.start()
+    assert stream.started.wait(20)
+    killed_at = time.monotonic()
+    os.kill(pids(client)[1], signal.SIGKILL)
+    stream.join(10)
+    assert isinstance(stream.error, RankLost)
+    assert stream.ended_at - killed_at < 5
+    wait_until(
+        client,
+        lambda s: [e.phase for e in s.engines] == ["ready"],
+        120,
+        "the layout's return",
+    )
+    assert client.generate("both", "hello", SAMPLING) == expected
 
 
 @pytest.mark.timeout(300)
 def test_a_hanging_load_ends_at_its_deadline(
-    own_folder: Path, checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    healed: tuple[Client, str, str],
 ) -> None:
     """A rank that hangs is named, ended and restarted; the pool loads again."""
-    monkeypatch.setenv(
-        "VLLM_RESIDENT_FAULTS",
-        '[{"rank": 1, "phase": "load_model", "engine": "hangs", "action": "hang"}]',
-    )
-    with running_pool("hangs", own_folder) as client:
-        with pytest.raises(RankTimeout, match="1") as raised:
-            client.load(
-                "hangs", checkpoints["llama"], ranks=[0, 1], timeout_s=8, **ENGINE_ARGS
-            )
-        assert raised.value.phase == "load_model"
-        wait_until(client, lambda s: s.phase == "ready", 120, "the ranks' return")
-        client.load("next", checkpoints["llama"], ranks=[0, 1], **ENGINE_ARGS)
-        assert client.generate("next", "hello", SAMPLING)
+    client, llama, _ = healed
+    with pytest.raises(RankTimeout, match="1") as raised:
+        client.load("hangs", llama, ranks=[0, 1], timeout_s=8, **ENGINE_ARGS)
+    assert raised.value.phase == "load_model"
+    wait_until(client, lambda s: s.phase == "ready", 120, "the ranks' return")
+    client.load("next", llama, ranks=[0, 1], **ENGINE_ARGS)
+    assert client.generate("next", "hello", SAMPLING)

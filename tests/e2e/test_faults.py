@@ -23,6 +23,9 @@ from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING, ranks_at_rest
 from vllm_resident import Client, EngineSpec, RankFailure
 from vllm_resident.messages import RankStatus
 
+# Plain vLLM may have to be asked first.
+pytestmark = pytest.mark.timeout(300)
+
 Reference = Callable[[str], list[list[int]]]
 
 OLD_MODEL, NEW_MODEL = "llama", "qwen2"

@@ -222,7 +222,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert [rank.pid for rank in status.ranks] == self.pids or not self.pids
 
 
-@pytest.mark.timeout(60 + 6 * NUM_STEPS)
+@pytest.mark.timeout(240 + 6 * NUM_STEPS)
 def test_the_pool_does_what_its_model_says(
     pool: Client,
     checkpoints: dict[str, str],

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import soak
 from benchmarks.mixed import MANNERS
-from benchmarks.soak import MODELS, Outcome
+from benchmarks.soak import MODELS, Answers, Outcome
 
 
 def check(outcome: Outcome) -> None:
@@ -23,11 +23,11 @@ def check(outcome: Outcome) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_a_minute_of_mixed_calls() -> None:
-    check(soak.soak(num_rounds=2, round_s=20.0, seed=1))
+def test_a_minute_of_mixed_calls(plain: Answers) -> None:
+    check(soak.soak(num_rounds=2, round_s=20.0, seed=1, answers=plain))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_minutes_of_mixed_calls() -> None:
-    check(soak.soak(num_rounds=10, round_s=60.0, seed=2))
+def test_ten_minutes_of_mixed_calls(plain: Answers) -> None:
+    check(soak.soak(num_rounds=10, round_s=60.0, seed=2, answers=plain))

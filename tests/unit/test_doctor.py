@@ -1,8 +1,10 @@
 """The doctor: each thing that may be wrong is found, and says how to mend it."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,31 @@ def test_what_a_pool_left_behind(tmp_path: Path, state: Any, verdict: str) -> No
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_cgroup_free_bytes", lambda: float(2**30))
     assert check("memory").verdict == "warn"
+
+
+@pytest.mark.parametrize(
+    ("may_write", "is_there", "verdict"),
+    [(True, False, "ok"), (False, True, "ok"), (False, False, "warn")],
+)
+def test_bytecode_that_is_never_written_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    may_write: bool,
+    is_there: bool,
+    verdict: str,
+) -> None:
+    source = tmp_path / "vllm" / "__init__.py"
+
+    class Spec:
+        origin = str(source)
+
+    compiled = Path(importlib.util.cache_from_source(source))
+    compiled.parent.mkdir(parents=True)
+    source.touch()
+    if is_there:
+        compiled.touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: Spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", not may_write)
+    found = {each.name: each for each in software.check_software()}["bytecode"]
+    assert found.verdict == verdict
+    assert bool(found.remedy) == (verdict == "warn")

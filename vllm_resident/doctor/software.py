@@ -35,6 +35,7 @@ def check_software() -> list[Check]:
         _vllm(),
         *_torch_match(),
         _torchvision(),
+        _bytecode(),
         _patches(),
     ]
 
@@ -118,6 +119,25 @@ def _torchvision() -> Check:
         f"{found} beside torch {torch}: builds for CUDA break transformers (operator "
         "torchvision::nms does not exist)",
         f"pip uninstall {' '.join(beside)}",
+    )
+
+
+def _bytecode() -> Check:
+    """Whether each rank must compile what it imports, which takes it seconds."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return Check("bytecode", "ok", "vLLM is not installed")
+    if Path(importlib.util.cache_from_source(spec.origin)).exists():
+        return Check("bytecode", "ok", "vLLM's is there")
+    if not sys.dont_write_bytecode:
+        return Check("bytecode", "ok", "vLLM's is written at its first import")
+    return Check(
+        "bytecode",
+        "warn",
+        "vLLM has none and none may be written (PYTHONDONTWRITEBYTECODE): every rank, "
+        "torchrun and the gateway compile all that they import at each start",
+        f"unset PYTHONDONTWRITEBYTECODE, or once: {sys.executable} -m compileall -q "
+        f"-j 0 {Path(spec.origin).parents[1]}",
     )
 
 

@@ -1,8 +1,8 @@
 """One model's server: vLLM's `AsyncLLM` and OpenAI app over a resident engine.
 
-The one module of the gateway that imports vLLM. The engine core is the engine's leader,
-in another process, which speaks vLLM's protocol (`rank/frontends.py`); everything that
-callers see is vLLM's own code (0.32.0, entrypoints/launchers).
+With `refusals.py` what of the gateway imports vLLM. The engine core is the engine's
+leader, in another process, which speaks vLLM's protocol (`rank/frontends.py`);
+everything that callers see is vLLM's own code (0.32.0, entrypoints/launchers).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm_resident.errors import CommandRejected
 from vllm_resident.gateway import metrics
 from vllm_resident.gateway.asgi import App, Receive, Scope, Send
+from vllm_resident.gateway.refusals import tell_refusals
 from vllm_resident.messages import EngineSpec
 from vllm_resident.rank.engine import configure
 from vllm_resident.rank.server_options import server_arguments
@@ -105,6 +106,7 @@ class VllmFrontend:
                 "output_address": output_address,
             },
         )
+        tell_refusals(llm.output_processor)
         arguments.served_model_name = [spec.name]
         arguments.api_key = list(api_keys) or None
         # There are many of them behind one address: none describes it.

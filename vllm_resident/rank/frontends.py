@@ -234,7 +234,7 @@ class Frontends:
             if frames[0] == EngineCoreRequestType.ADD.value and isinstance(
                 name[0], str
             ):
-                self._finish(frontend, [name[0]], FinishReason.ERROR)
+                self._finish(frontend, [name[0]], FinishReason.ERROR, why)
             elif frames[0] == EngineCoreRequestType.UTILITY.value and isinstance(
                 name[1], int
             ):
@@ -246,7 +246,7 @@ class Frontends:
         name = request.request_id
         if why := self._refusal(request):
             log.error("event=request_refused request=%s why=%r", name, why)
-            self._finish(frontend, [name], FinishReason.ERROR)
+            self._finish(frontend, [name], FinishReason.ERROR, why)
         elif not hold:
             self._admit(frontend, request)
         elif len(frontend.held) < MAX_HELD:
@@ -324,10 +324,15 @@ class Frontends:
         self._send(frontend, EngineCoreOutputs(utility_output=answer))
 
     def _finish(
-        self, frontend: _Frontend, request_ids: list[str], reason: FinishReason
+        self,
+        frontend: _Frontend,
+        request_ids: list[str],
+        reason: FinishReason,
+        why: str | None = None,
     ) -> None:
         outputs = [
-            EngineCoreOutput(name, [], finish_reason=reason) for name in request_ids
+            EngineCoreOutput(name, [], finish_reason=reason, stop_reason=why)
+            for name in request_ids
         ]
         self._send(
             frontend,

@@ -40,6 +40,7 @@ from vllm_resident.errors import (
     RankDiverged,
     RankFailure,
 )
+from vllm_resident.rank.grammars import Grammars
 from vllm_resident.rank.versions import MultiModalCacheMissError
 
 # A rank forms one world at a time, and each generation once.
@@ -122,6 +123,7 @@ class Leader(InprocClient):
         # InprocClient's own constructor would build a second core.
         self.engine_core = core
         self._followers = followers
+        self._grammars = Grammars(core)
         self._encoder = MsgpackEncoder()
         self._pending: list[tuple[bytes, Any]] = []
         # Client and call number of each utility call in `_pending`, in order.
@@ -172,6 +174,8 @@ class Leader(InprocClient):
         has closed its line: it will not take part any more."""
         self._publish(run=True)
         outputs, self._digest = _run(self.engine_core, self._digest)
+        for each in outputs.values():
+            self._grammars.explain(each.outputs)
         mine = outputs.pop(0, None) or EngineCoreOutputs()
         self._others.extend(outputs.items())
         if self._own:
@@ -228,6 +232,10 @@ class Leader(InprocClient):
                 self._answer(*next(callers), item.method, outcome)
             elif outcome is not None:
                 self._refuse(item, outcome)
+            elif kind == _ADD:
+                self._grammars.watch(item)
+            else:
+                self._grammars.forget(item)
 
     def _answer(self, client: int, call_id: int, method: str, outcome: Any) -> None:
         answer = UtilityOutput(call_id)
@@ -247,6 +255,8 @@ class Leader(InprocClient):
             # The frontend forgets what it took for known here, and its caller's next
             # try succeeds (vllm 0.32.0, v1/engine/core.py, _handle_mm_cache_miss).
             output.mm_cache_miss_hashes = error.mm_hashes
+        else:
+            output.stop_reason = f"the engine refused the request: {error}"
         if request.client_index == 0:
             self._own.append(output)
         else:

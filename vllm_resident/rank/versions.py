@@ -13,7 +13,12 @@ import vllm
 from vllm.v1.engine import EngineCoreReadyResponse
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
-__all__ = ["MultiModalCacheMissError", "SleepModeBackend", "ready_response"]
+__all__ = [
+    "MultiModalCacheMissError",
+    "RetryableRequestError",
+    "SleepModeBackend",
+    "ready_response",
+]
 
 try:
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
@@ -32,6 +37,14 @@ except ImportError:  # vLLM 0.23.0: a miss is an assertion there.
 
     class MultiModalCacheMissError(Exception):
         """Never raised there."""
+
+
+try:
+    from vllm.exceptions import RetryableRequestError
+except ImportError:  # vLLM 0.23.0: nothing there is told to be asked again.
+
+    class RetryableRequestError(Exception):
+        """Answered with 500 there, not with 503."""
 
 
 def ready_response(core: EngineCore) -> Any:
