@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from vllm_resident.rank.prepare import prepare_process
@@ -146,17 +147,40 @@ def layouts() -> None:
         mine = next(world for world in layout if RANK in world)
         is_known = tuple(mine) in seen
         seen.add(tuple(mine))
-        made = POOL.counts.made
+        before = replace(POOL.counts)
         meet(f"layouts/{number}")
         since = time.perf_counter()
         world = form(f"layouts-{number}-{mine[0]}", mine)
-        took = time.perf_counter() - since
+        took_s = time.perf_counter() - since
         right = are_right(sums(world), mine)
         world.close(orderly=True)
-        formed_s = FORMED[-1] - since
-        made = POOL.counts.made - made
-        rows.append([len(mine), is_known, took, formed_s, right, made])
-    say("layouts", rows=rows, kept=POOL.num, open=simulation.num_open())
+        rows.append(
+            {
+                "ranks": len(mine),
+                "is_known": is_known,
+                "took_s": took_s,
+                "formed_s": FORMED[-1] - since,
+                "right": right,
+                "made": POOL.counts.made - before.made,
+                "checked": POOL.counts.checked - before.checked,
+                "reused": POOL.counts.reused - before.reused,
+                "kept": POOL.num,
+            }
+        )
+    say("layouts", rows=rows)
+
+
+def floor() -> None:
+    """What four ranks that only wait for each other cost on this machine."""
+    world = form("floor", ALL)
+    group = parallel_state.get_tp_group().cpu_group
+    seconds = []
+    for _ in range(PLAN["num_barriers"]):
+        since = time.perf_counter()
+        dist.barrier(group=group)
+        seconds.append(time.perf_counter() - since)
+    world.close(orderly=True)
+    say("floor", seconds=seconds)
 
 
 def without_pool() -> None:
@@ -375,6 +399,42 @@ def broken_while_kept() -> None:
     made = POOL.counts.made - made
     world.close(orderly=True)
     say("broken_while_kept", right=right, made=made)
+
+
+def of_another_layout() -> None:
+    """What worlds of two had serves as parts of a world of four, checked when it is
+    taken: first sound, then with one that no longer works."""
+    halves = [ALL[: SIZE // 2], ALL[SIZE // 2 :]]
+    mine = next(half for half in halves if RANK in half)
+    POOL.close()
+    right, made, checked = True, [], []
+    for turn in ("sound", "broken"):
+        world = form(f"half-{turn}-{mine[0]}", mine)
+        right &= are_right(sums(world), mine)
+        # One that has run nothing yet is not worth a check.
+        for group in [g for g in world._c10d.pg_map if g.size() == len(mine)]:
+            dist.all_reduce(torch.ones(2), group=group)
+        world.close(orderly=True)
+        if turn == "broken" and RANK == 1:
+            _break_one(mine)
+        meet(f"of_another_layout/{turn}")
+        world = form(f"whole-{turn}", ALL, timeout_s=3.0, settle=False)
+        before = replace(POOL.counts)
+        parts = [dist.new_group(half, backend=BACKEND) for half in halves]
+        made.append(POOL.counts.made - before.made)
+        checked.append(POOL.counts.checked - before.checked)
+        world.settle()
+        total = torch.full((2,), float(2**RANK))
+        dist.all_reduce(total, group=parts[halves.index(mine)])
+        right &= are_right(total.tolist(), mine)
+        world.close(orderly=True)
+    say("of_another_layout", right=right, made=made, checked=checked)
+
+
+def _break_one(members: list[int]) -> None:
+    """Of those kept over just these ranks, the one that would be taken first."""
+    kept = [e for e in POOL.within(members) if len(e.key.ranks) == len(members)]
+    next(e for e in kept if e.key.backend == BACKEND).handle._aborted.set()
 
 
 def ascend() -> None:

@@ -23,9 +23,11 @@ RATIO = 0.05
 # For a group whose time-out is 2 s, or whose world is aborted after half a second.
 DEADLINE_S = 10.0
 SMALL_BUDGET = 20
+LAYOUTS_BUDGET = 1000
 SCENARIOS = [
     "layouts", "without_pool", "interleaved", "budget", "ascend", "lost_on_one_side",
-    "broken_while_kept", "hangs_until_abort", "hangs_until_time_out", "dies",
+    "broken_while_kept", "of_another_layout", "hangs_until_abort",
+    "hangs_until_time_out", "dies",
 ]  # fmt: skip
 SURVIVORS = range(NUM_RANKS - 1)
 
@@ -67,25 +69,29 @@ def results() -> Results:
 
 
 def check_layouts(results: Results) -> None:
-    """Of the rows of `layouts`: (ranks, known before, seconds, of these to form the
-    world itself, right, made)."""
+    """What is asserted holds however slow the machine is: nothing is made, no more is
+    checked than is taken, and nearly all entries cost a small part of making anew."""
     rows = [row for result in results["layouts"] for row in result["rows"]]
-    assert all(right for *_, right, _ in rows)
-    anew = [row for row in rows if row[0] > 1 and not row[1]]
-    again = [row for row in rows if row[0] > 1 and row[1]]
+    rows = [row for row in rows if row["ranks"] > 1]
+    assert all(row["right"] and row["kept"] <= LAYOUTS_BUDGET for row in rows)
+    anew = [row for row in rows if not row["is_known"]]
+    again = [row for row in rows if row["is_known"]]
     assert again
-    assert all(made > 0 for *_, made in anew)
-    assert all(made == 0 for *_, made in again)
-    anew_s = statistics.median(row[2] for row in anew)
-    for what, place in (("world and vLLM's groups", 2), ("world alone", 3)):
-        again_s = [row[place] for row in again]
+    assert all(row["made"] > 0 for row in anew)
+    assert all(row["made"] == 0 for row in again)
+    assert all(0 < row["checked"] <= row["reused"] for row in again)
+    anew_s = statistics.median(row["took_s"] for row in anew)
+    for what in ("took_s", "formed_s"):
+        of_all = sorted(row[what] for row in again)
+        most_s = of_all[int(0.95 * (len(of_all) - 1))]
         log.info(
             "%s",
-            f"{what}: anew {statistics.median(row[place] for row in anew):.3f} s, "
-            f"again median {statistics.median(again_s) * 1000:.1f} ms, "
-            f"most {max(again_s) * 1000:.1f} ms, {len(again)} times",
+            f"{what}: anew {statistics.median(row[what] for row in anew):.3f} s, "
+            f"again median {statistics.median(of_all) * 1000:.1f} ms, "
+            f"p95 {most_s * 1000:.1f} ms, most {of_all[-1] * 1000:.1f} ms, "
+            f"{len(again)} times",
         )
-    assert statistics.median(row[2] for row in again) < RATIO * anew_s
+        assert most_s < RATIO * anew_s
 
 
 def test_a_layout_seen_before_is_entered_without_making_anything(
@@ -160,6 +166,15 @@ def test_a_kept_communicator_that_broke_is_found_out(results: Results) -> None:
     for result in results["broken_while_kept"]:
         assert result["right"]
         assert result["made"] == 1
+
+
+def test_what_another_layout_left_is_checked_when_it_is_taken(results: Results) -> None:
+    """One group by each rank; where that is broken the next one, by its members: the
+    other half follows without having it."""
+    for result in results["of_another_layout"]:
+        assert result["right"]
+        assert result["made"] == [0, 0]
+        assert result["checked"] == [1, 2 if result["rank"] < NUM_RANKS // 2 else 1]
 
 
 @pytest.mark.parametrize("name", ["hangs_until_abort", "hangs_until_time_out", "dies"])

@@ -25,8 +25,14 @@ def made(name: str, *ranks: int, num_bytes: int = 0) -> Communicator:
     return Communicator(name, Key(ranks, "hccl", ""), object(), num_bytes)
 
 
-def offer(name: str, *ranks: int, used: bool = True, options: str = "") -> Offer:
-    return Offer(name, Key(ranks, "hccl", options), used)
+def offer(
+    name: str,
+    *ranks: int,
+    used: bool = True,
+    options: str = "",
+    served: tuple[int, ...] = (),
+) -> Offer:
+    return Offer(name, Key(ranks, "hccl", options), used, served)
 
 
 class Recorder:
@@ -119,6 +125,32 @@ def test_what_a_check_tells_nothing_of_is_not_checked() -> None:
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 # Made once: whoever has it knows it alike.
 MEMBERS = {"a": (0, 1), "b": (0, 1, 2), "c": (2,), "d": (1, 2)}
+
+
+def test_what_a_world_is_about_to_take_is_over_its_ranks_or_was_its_kind_before() -> (
+    None
+):
+    whole = offer("whole", 0, 1, 2, 3, served=(0, 1))
+    part = offer("part", 0, 1, served=(0, 1, 2, 3))
+    other = offer("other", 0, 1, served=(0, 1))
+    unused = offer("unused", 0, 1, 2, 3, used=False)
+    agreement = Agreement((whole, part, other, unused))
+    assert agreement.likely([0, 1, 2, 3]) == (whole, part)
+    assert agreement.likely([0, 1]) == (whole, part, other)
+
+
+def test_where_several_would_do_one_that_is_checked_is_first() -> None:
+    agreement = Agreement((offer("a", 0, 1), offer("b", 0, 1), offer("c", 0, 2)))
+    key = Key((0, 1), "hccl", "")
+    assert agreement.first(key, {"a"}) == offer("b", 0, 1)
+    assert agreement.first(key, {"a", "b"}) == offer("a", 0, 1)
+    assert agreement.first(Key((1, 2), "hccl", ""), set()) is None
+
+
+def test_members_that_do_not_say_alike_whom_it_served_leave_it_open() -> None:
+    mine, theirs = offer("a", 0, 1, served=(0, 1)), offer("a", 0, 1)
+    assert agree({0: [mine], 1: [mine]}).offers == (mine,)
+    assert agree({0: [mine], 1: [theirs]}).offers == (theirs,)
 
 
 @given(st.dictionaries(st.integers(0, 2), st.sets(NAMES), min_size=3))

@@ -9,7 +9,7 @@ may be used again; it knows neither torch nor worlds: a handle is anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,19 +29,22 @@ class Offer(msgspec.Struct, array_like=True, frozen=True):
     """One that a rank has kept, as it tells the ranks it is about to form a world with.
 
     `name` was given at its making, the same on all members and no other's ever. `used`:
-    collectives have run on it, so that one more costs nothing.
+    collectives have run on it, so that one more costs nothing. `served`: the ranks, of
+    the pool and in order, of the world that had it last.
     """
 
     name: str
     key: Key
     used: bool
+    served: tuple[int, ...] = ()
 
 
 @dataclass
 class Communicator:
     """One that exists here, in a world or kept. `num_bytes` of the device's memory are
     its own, as far as they could be told; `store` has what its making wrote.
-    `is_broken`: a collective on it failed or has not ended."""
+    `is_broken`: a collective on it failed or has not ended. `served` as of an `Offer`;
+    `is_on_one_machine`: its members have found that they share memory."""
 
     name: str
     key: Key
@@ -49,6 +52,8 @@ class Communicator:
     num_bytes: int = 0
     store: Any = None
     is_broken: bool = False
+    served: tuple[int, ...] = ()
+    is_on_one_machine: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,11 @@ DEFAULT_BUDGET = Budget(64, 4 * 2**30)
 
 @dataclass
 class Counts:
-    """Since the process began: communicators made, taken again, and given up, of those
-    that were kept."""
+    """Since the process began: communicators made, checked to be taken again, taken
+    again, and given up, of those that were kept."""
 
     made: int = 0
+    checked: int = 0
     reused: int = 0
     destroyed: int = 0
 
@@ -165,6 +171,20 @@ class Agreement:
         be made by it, one with a single member has nobody to miss."""
         return tuple(o for o in self.offers if o.used and len(o.key.ranks) > 1)
 
+    def likely(self, members: Iterable[int]) -> tuple[Offer, ...]:
+        """Of those worth a check what a world over these ranks is about to take: the
+        groups over just them, and those that the last such world had."""
+        ranks = tuple(members)
+        return tuple(
+            o for o in self.worth_a_check() if ranks in (o.key.ranks, o.served)
+        )
+
+    def first(self, key: Key, unchecked: Container[str]) -> Offer | None:
+        """The one to take next for such a group; one that is checked, if there is."""
+        alike = [offer for offer in self.offers if offer.key == key]
+        checked = [offer for offer in alike if offer.name not in unchecked]
+        return next(iter([*checked, *alike]), None)
+
 
 def agree(offers: Mapping[int, Iterable[Offer]]) -> Agreement:
     """What ranks of the pool, that are about to form a world, can all use again, by
@@ -180,8 +200,11 @@ def agree(offers: Mapping[int, Iterable[Offer]]) -> Agreement:
             if offer.name not in agreed and all(
                 each is not None and each.key == offer.key for each in theirs
             ):
-                used = any(each.used for each in theirs if each is not None)
-                agreed[offer.name] = Offer(offer.name, offer.key, used)
+                there = [each for each in theirs if each is not None]
+                used = any(each.used for each in there)
+                is_same = all(each.served == offer.served for each in there)
+                served = offer.served if is_same else ()
+                agreed[offer.name] = Offer(offer.name, offer.key, used, served)
     return Agreement(tuple(agreed[name] for name in sorted(agreed)))
 
 

@@ -4,8 +4,9 @@ torch.distributed allows one default group at a time, and vLLM enters one
 `ParallelState` at a time (patches/, parallel-state). A `World` owns one of each and
 swaps them in, so that several engines with different layouts live in one process. Ranks
 are 0..n-1 *inside* the world: vLLM sees a world of exactly its own size. Its groups are
-made, or taken from what the rank has kept, by `groups`; what a platform has beside
-vLLM's state is in `holders`. This module knows nothing of engines; these and `store`
+made, or taken from what the rank has kept, by `groups`; what its ranks say to each
+other before is said in a `meeting`; what a platform has beside vLLM's state is in
+`holders`. This module knows nothing of engines; it, these, `process_groups` and `store`
 are the only ones that touch torch.distributed and vLLM's parallel state.
 """
 
@@ -21,22 +22,22 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
 from torch.distributed import distributed_c10d as c10d
 
 from vllm_resident.errors import RankTimeout
-from vllm_resident.rank import ambient, mapping
-from vllm_resident.rank.communicators import CommunicatorPool, Offer, agree
-from vllm_resident.rank.groups import Groups, abort, let_go, unregister
+from vllm_resident.rank import ambient, hooks, mapping  # noqa: F401 (hooks: in force)
+from vllm_resident.rank.communicators import CommunicatorPool
+from vllm_resident.rank.groups import Groups
 from vllm_resident.rank.holders import Holders
+from vllm_resident.rank.meeting import Meanwhile, Meeting
+from vllm_resident.rank.process_groups import abort, let_go, unregister
 from vllm_resident.rank.store import CancellableStore
 
-_HOLD_POLL_S = 0.001
 # An abort from the control thread, and one that a closing world waits for.
 _ABORT_PATIENCE_S = 1.0
 _ABORT_S = 10.0
@@ -123,17 +124,6 @@ def _alive() -> list[World]:
     return [world for world in worlds if world is not None]
 
 
-class Meanwhile(Protocol):
-    """What a rank goes on doing while it waits for the others to come to a meeting."""
-
-    def serve(self) -> None:
-        """Do a little of it; called again and again."""
-
-    def hold(self) -> bool:
-        """Stop it: all have come, and this rank is about to wait where nothing else
-        can be done. Called until it gives True, `serve` in between."""
-
-
 class World:
     """One engine's torch.distributed and vLLM parallel state in this process.
 
@@ -162,6 +152,7 @@ class World:
         self.size = size
         self.local_rank = local_rank
         self.closed = False
+        self._meeting = Meeting(identity, rank, size, store)
         digest = hashlib.blake2b(identity.encode(), digest_size=5).digest()
         first_name = int.from_bytes(digest, "big") * _NAMES_PER_WORLD
         self._c10d = _PrivateWorld(first_name)
@@ -220,9 +211,8 @@ class World:
         world._device = device
         if communicators is not None and communicators.budget.num:
             world._c10d.groups = Groups(
-                communicators, members, rank, identity, cancellable, timeout_s,
-                memory_used,
-            )  # fmt: skip
+                communicators, members, world._meeting, timeout_s, memory_used
+            )
         on_start(world)
         try:
             world._meet(timeout_s, meanwhile)
@@ -266,55 +256,14 @@ class World:
         deadline = time.monotonic() + timeout_s
         serve = None if meanwhile is None else meanwhile.serve
         groups = self._c10d.groups
-        keeps = self._exchange("meet", groups is not None, bool, deadline, serve)
-        while meanwhile is not None and not meanwhile.hold():
-            meanwhile.serve()
-            self.store.pause(_HOLD_POLL_S)
-            if time.monotonic() > deadline:
-                raise RankTimeout(
-                    f"an engine beside world {self.identity} was not held by its "
-                    f"leader within {timeout_s:g} s"
-                )
+        keeps = self._meeting.exchange(
+            "meet", groups is not None, bool, deadline, serve
+        )
+        if meanwhile is not None:
+            self._meeting.hold(meanwhile, deadline)
         # Else some rank would take what another cannot know of.
         if groups is not None and all(keeps):
-            self._agree(groups, deadline)
-
-    def _agree(self, groups: Groups, deadline: float) -> None:
-        """What may be used again, proven by a collective on each."""
-        offers = self._exchange("offer", groups.offers(), list[Offer], deadline)
-        agreement = agree(dict(zip(groups.members, offers, strict=True)))
-        groups.settle_on(agreement)
-        if not (doubtful := agreement.worth_a_check()):
-            return
-        # With time left to say so, and to make anew what failed.
-        failed = groups.check(doubtful, (deadline - time.monotonic()) / 2)
-        everywhere = self._exchange("checked", failed, list[str], deadline)
-        broken = {name for names in everywhere for name in names}
-        groups.settle_on(agreement.without(broken))
-
-    def _exchange(
-        self,
-        point: str,
-        mine: Any,
-        kind: Any,
-        deadline: float,
-        serve: Callable[[], None] | None = None,
-    ) -> list[Any]:
-        """What each rank says at this point, in their order; `RankTimeout` names those
-        that do not."""
-        keys = [f"{point}/{rank}" for rank in range(self.size)]
-        self.store.set(keys[self.rank], msgspec.msgpack.encode(mine))
-        timeout_s = max(deadline - time.monotonic(), 0.0)
-        try:
-            self.store.wait(keys, timedelta(seconds=timeout_s), serve)
-        except dist.DistStoreError as error:
-            absent = [r for r, key in enumerate(keys) if not self.store.check([key])]
-            raise RankTimeout(
-                f"ranks {absent} of world {self.identity} did not come to form it "
-                f"within {timeout_s:.3g} s"
-            ) from error
-        said = self.store.get_all(keys)
-        return [msgspec.msgpack.decode(each, type=kind) for each in said]
+            groups.agree(deadline)
 
     def settle(self) -> None:
         """Its groups are made; any that comes later is made anew."""
