@@ -15,8 +15,10 @@ import os
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 ENGINE_ARGS: dict[str, Any] = {
@@ -225,11 +227,30 @@ def pipeline(models: list[str]) -> dict[str, Any]:
 
 
 def compiled(models: list[str]) -> dict[str, Any]:
-    """Twice the same model with torch.compile on, in one process and cache folder."""
+    """With torch.compile on, in one process and cache folder: a start that fails once
+    the model is there, then two that do not."""
     _activate({})
     from vllm import LLM
     from vllm.compilation.counter import compilation_counter
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    failed: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def fail(executor: Any) -> None:
+        failed.update(executor.driver_worker.get_model().modules())
+        raise RuntimeError("as asked")
+
+    determine_available_memory = UniProcExecutor.determine_available_memory
+    UniProcExecutor.determine_available_memory = fail
+    try:
+        LLM(models[0], **{**ENGINE_ARGS, "enforce_eager": False})
+    except RuntimeError as error:
+        num_built = len(failed)
+        clear_frames(error.__traceback__)
+    UniProcExecutor.determine_available_memory = determine_available_memory
+    cleanup_dist_env_and_memory()
+    gc.collect()
 
     starts = []
     for _ in range(2):
@@ -241,10 +262,19 @@ def compiled(models: list[str]) -> dict[str, Any]:
                 "loads": compilation_counter.num_aot_artifacts_loaded,
             }
         )
+        core = llm.llm_engine.engine_core.engine_core
+        model = core.model_executor.driver_worker.get_model()
+        layers = weakref.WeakSet(model.modules())
         llm.llm_engine.engine_core.shutdown()
-        del llm
+        del llm, core, model
         cleanup_dist_env_and_memory()
-    return {"starts": starts}
+        gc.collect()
+        starts[-1]["left"] = _names_of(layers)
+    return {"starts": starts, "num_built": num_built, "left": _names_of(failed)}
+
+
+def _names_of(layers: Iterable[Any]) -> list[str]:
+    return sorted({type(layer).__name__ for layer in layers})
 
 
 class _Counted:

@@ -12,13 +12,14 @@ import importlib
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
@@ -186,8 +187,10 @@ class Engine:
         self._backend = backend
         self._can_read_again = can_read_again
         self._held = holdings.current
-        self._model = weakref.ref(llm.model_executor.driver_worker.get_model())
-        ledger.count_model(self._model)
+        model = llm.model_executor.driver_worker.get_model()
+        ledger.count_model(weakref.ref(model))
+        # Any of them may be what somebody keeps, with its weights.
+        self._layers = weakref.WeakSet(model.modules())
         self.released = False
         _engines.add(self)
 
@@ -354,8 +357,8 @@ class Engine:
         """Destroy the engine and its world and give everything back; `orderly` where
         its other ranks do so now and nothing is in flight (`World.close`).
 
-        Raises `ReleaseIncomplete` if the model is still reachable afterwards, or the
-        memory that it had is not back.
+        Raises `ReleaseIncomplete` if a part of the model is still reachable afterwards,
+        or the memory that it had is not back.
         """
         if self.released:
             return
@@ -366,8 +369,6 @@ class Engine:
         llm, core = self.llm, self.core
         try:
             core.shutdown()
-            if finalizer := getattr(llm, "_finalizer", None):  # 0.23.0 has none
-                finalizer()
         # Raised again: after it, nothing of the world may be used again.
         except BaseException:
             orderly = False
@@ -377,10 +378,9 @@ class Engine:
             self.world.close(orderly=orderly)
             _collect(self._device)
             _give_back(self._device, self._held)
-        if (model := self._model()) is not None:
-            holders = [type(each).__name__ for each in gc.get_referrers(model)]
+        if self._layers:
             raise ReleaseIncomplete(
-                f"the model of {self.world.identity} is still held by {holders[:8]}",
+                f"of {self.world.identity} {_describe_held(self._layers)}",
                 phase="release",
             )
         after = self._device.memory()[0]
@@ -392,6 +392,24 @@ class Engine:
             return self.memory().device_bytes
         # Which of the KV cache's pages there are depends on what was asked.
         return self._backend.num_weight_bytes if self.sleep_level < 2 else 0
+
+
+def _describe_held(layers: Iterable[torch.nn.Module]) -> str:
+    """Which layers there still are, and what refers to the outermost of them."""
+    alive = list(layers)
+    inner = {id(each) for layer in alive for each in layer.children()}
+    outermost = [layer for layer in alive if id(layer) not in inner]
+    names = sorted({type(layer).__name__ for layer in outermost})
+    ours = (alive, outermost)
+    holders = sorted(
+        {
+            type(holder).__name__
+            for layer in outermost
+            for holder in gc.get_referrers(layer)
+            if not any(holder is each for each in ours)
+        }
+    )
+    return f"{len(alive)} layers are still there: {names[:8]}, held by {holders[:8]}"
 
 
 def abandon(error: BaseException | None, world: World, device: Device) -> None:
