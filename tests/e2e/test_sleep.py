@@ -152,6 +152,28 @@ def test_a_sleeper_can_be_closed(
     del ranks.members[engine]
 
 
+def test_compiled_engines_sleep_wake_and_go(
+    ranks: Ranks, checkpoints: dict[str, str], reference: Reference
+) -> None:
+    """With torch.compile: a second one of the same class serves on when one goes, of
+    which nothing stays (else the rank says `ReleaseIncomplete`)."""
+    compiled = {**ENGINE_ARGS, "enforce_eager": False}
+    wide, narrow = (
+        ranks.build(layout, checkpoints["llama"], members, **compiled, **sizes)
+        for layout, (members, sizes) in LAYOUTS.items()
+        if layout != "pp2"
+    )
+    for level in (1, 2):
+        for engine in (wide, narrow):
+            assert ranks.tokens(engine, PROMPTS, SAMPLING) == reference("llama")
+            ranks.suspend(engine, level)
+            ranks.resume(engine)
+    ranks.tell(CloseEngine(generation=wide, timeout_s=20), [0, 1])
+    ranks.expect(EngineClosed, [0, 1], generation=wide)
+    del ranks.members[wide]
+    assert ranks.tokens(narrow, PROMPTS, SAMPLING) == reference("llama")
+
+
 def test_many_engines_of_overlapping_layouts_take_turns(
     ranks: Ranks, checkpoints: dict[str, str], reference: Reference
 ) -> None:

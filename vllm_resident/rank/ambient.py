@@ -39,7 +39,8 @@ _VARIABLES = (
 )
 # The cached environment; a thread setter that the CPU worker replaces; the root of the
 # prefix cache's hashes, which ranks of one engine must agree on; what is otherwise made
-# by the engine built last and used by all; what an engine has of the device's memory.
+# by the engine built last and used by all; the rotary embeddings, whose tables are in the
+# memory of the engine that made them; what an engine has of the device's memory.
 _GLOBALS = tuple(
     (importlib.import_module(module), name)
     for module, name in (
@@ -54,6 +55,7 @@ _GLOBALS = tuple(
         ("vllm.model_executor.layers.mamba.ops.ssu_dispatch", "_mamba_ssu_backend"),
         ("vllm.distributed.kv_transfer.kv_transfer_state", "_KV_CONNECTOR_AGENT"),
         ("vllm.distributed.ec_transfer.ec_transfer_state", "_EC_CONNECTOR_AGENT"),
+        ("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT"),
         ("vllm_resident.rank.holdings", "current"),
     )
 )
@@ -71,7 +73,17 @@ _ASCEND: dict[str, dict[str, Callable[[], Any]]] = {
         lambda: None,
     ),
     "vllm_ascend.ops.fused_moe.moe_comm_method": {"_MoECommMethods": dict},
+    # Made for the first model of a process, and taken for every other's.
+    "vllm_ascend.ops.rotary_embedding": dict.fromkeys(
+        (
+            *("_cos_mla", "_sin_mla", "_cos_cache", "_sin_cache", "_cos_sin_cache"),
+            *("_cos", "_sin", "_cos_slice", "_sin_slice"),
+        ),
+        lambda: None,
+    ),
 }
+# Of these types each world has its own from the start.
+_OWNED = (Holdings, dict)
 _ABSENT = object()
 
 Variables = dict[str, str | None]
@@ -124,7 +136,7 @@ def fresh(place: Variables) -> Ambient:
     """For a new world: as it was before any engine, with the environment's `place`."""
     return Ambient(
         {**_pristine.variables, **place},
-        [Holdings() if type(each) is Holdings else each for each in _pristine.values],
+        [type(each)() if type(each) in _OWNED else each for each in _pristine.values],
         dict(_pristine.priorities),
         _random_states(),
     )

@@ -189,8 +189,13 @@ class Engine:
         self._held = holdings.current
         model = llm.model_executor.driver_worker.get_model()
         ledger.count_model(weakref.ref(model))
-        # Any of them may be what somebody keeps, with its weights.
-        self._layers = weakref.WeakSet(model.modules())
+        # Any of them may be what somebody keeps, with what it has. Those that have
+        # nothing may be all models' (an activation function).
+        self._layers = weakref.WeakSet(
+            layer
+            for layer in model.modules()
+            if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+        )
         self.released = False
         _engines.add(self)
 
