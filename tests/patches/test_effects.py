@@ -202,14 +202,6 @@ def test_a_compiled_model_goes_with_its_engine(scenarios: Scenarios) -> None:
     assert seen["left"] == []  # of an engine that was built half-way
 
 
-def test_a_compiled_model_goes_with_its_engine(scenarios: Scenarios) -> None:
-    seen = scenarios.compiled()
-    # The first was compiled, the second found what that had left.
-    assert [start["left"] for start in seen["starts"]] == [[], []]
-    assert seen["num_built"] > 10
-    assert seen["left"] == []  # of an engine that was built half-way
-
-
 def test_kv_cache_takes_memory_when_used(scenarios: Scenarios) -> None:
     for engine in scenarios.resident()["engines"]:
         at_start, after_use = engine["kv_resident"]

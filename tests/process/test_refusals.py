@@ -107,12 +107,12 @@ def test_of_several_sequences_one_refused_ends_all() -> None:
 def test_a_pooling_request_that_ends_without_a_result_ends_nothing_else(
     reason: str,
 ) -> None:
-    from vllm_resident.rank.versions import RetryableRequestError
+    from vllm_resident.rank.versions import GracefulHTTPError
 
     made = processor()
     queue = add(made, "pooled", pooling=True)
     ended(made, "pooled", reason, None)
-    with pytest.raises(RetryableRequestError):
+    with pytest.raises(GracefulHTTPError):
         heard(queue)
     assert not made.request_states
 

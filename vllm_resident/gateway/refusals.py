@@ -8,13 +8,14 @@ where its caller can mend it (`rank/frontends.py`, `rank/grammars.py`).
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from vllm_resident.rank.versions import RetryableRequestError
+from vllm_resident.rank.versions import GracefulHTTPError
 
 
 def tell_refusals(processor: OutputProcessor) -> None:
@@ -46,7 +47,10 @@ def _failure(output: EngineCoreOutput, state: RequestState) -> Exception | None:
     is_pooling = state.detokenizer is None
     is_missed = getattr(output, "mm_cache_miss_hashes", None)  # 0.23.0 has none
     if is_pooling and output.pooling_output is None and not is_missed:
-        return RetryableRequestError("the engine has ended the request")
+        return GracefulHTTPError(
+            "the engine has ended the request; ask again",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
     return None
 
 

@@ -39,8 +39,8 @@ _VARIABLES = (
 )
 # The cached environment; a thread setter that the CPU worker replaces; the root of the
 # prefix cache's hashes, which ranks of one engine must agree on; what is otherwise made
-# by the engine built last and used by all; the rotary embeddings, whose tables are in the
-# memory of the engine that made them; what an engine has of the device's memory.
+# by the engine built last and used by all; the rotary embeddings, whose tables are in
+# the memory of the engine that made them; what an engine has of the device's memory.
 _GLOBALS = tuple(
     (importlib.import_module(module), name)
     for module, name in (
@@ -61,10 +61,24 @@ _GLOBALS = tuple(
 )
 # Where all CUDA graphs are captured (platforms/interface.py).
 _GLOBALS += ((type(current_platform), "_global_graph_pool"),)
-# What vllm-ascend keeps per process though it is one engine's (0.23.0.post1), by
-# module, and as it is before any engine; what belongs to its groups is `holders`'s. Its
-# modules are not imported for this: what is not there has nothing to keep.
-_ASCEND: dict[str, dict[str, Callable[[], Any]]] = {
+# The same in modules that an engine may import, and that are not imported for this:
+# what is not there has nothing to keep. By module, what each is before any engine.
+_IN_PARTS: dict[str, dict[str, Callable[[], Any]]] = {
+    # Shared memory of the ranks of one engine (0.32.0; 0.23.0 has the first two).
+    "vllm.distributed.device_communicators.flashinfer_all_reduce": {
+        "_fi_ar_workspace": lambda: None,
+        "_fi_ar_quant_workspace": lambda: None,
+        "_fi_ar_workspace_failed": lambda: False,
+        "_fi_ar_quant_workspace_failed": lambda: False,
+        "_fi_ar_workspace_groups": dict,
+    },
+    # Layers by name, and kernels of one engine's shapes and group (0.32.0).
+    "vllm.model_executor.layers.hpc.rope_norm": {"_hpc_rope_norm_instances": dict},
+    "vllm.model_executor.kernels.linear.cute_dsl.gemm_rs_ar": {
+        "_gemm_rs_ar": lambda: None
+    },
+    "vllm.models.deepseek_v41.nvidia.ops.mhc": {"_all_reduce_mhc": lambda: None},
+    # vllm-ascend (0.23.0.post1); what belongs to its groups is `holders`'s.
     "vllm_ascend.utils": dict.fromkeys(
         ("_WEIGHT_PREFETCH_METHOD", "_potential_max_tokens"), lambda: None
     ),
@@ -99,7 +113,7 @@ class Ambient:
     priorities: dict[str, list[Any]]
     random_states: tuple[Any, ...]
     # By module and name; of what is not in it, as before any engine.
-    ascend: dict[tuple[str, str], Any] = field(default_factory=dict)
+    parts: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
 def capture() -> Ambient:
@@ -109,7 +123,7 @@ def capture() -> Ambient:
         [vars(module).get(name, _ABSENT) for module, name in _GLOBALS],
         {name: op._priority_impls for name, op in IrOp.registry.items()},
         _random_states(),
-        {(name, key): getattr(module, key) for name, module, key, _ in _of_ascend()},
+        {(name, key): getattr(module, key) for name, module, key, _ in _of_parts()},
     )
 
 
@@ -124,8 +138,8 @@ def restore(ambient: Ambient) -> None:
     for name, op in IrOp.registry.items():
         # Operations may be registered by what an engine imports.
         op._priority_impls = ambient.priorities.get(name, [])
-    for name, module, key, initial in _of_ascend():
-        kept = ambient.ascend.get((name, key), _ABSENT)
+    for name, module, key, initial in _of_parts():
+        kept = ambient.parts.get((name, key), _ABSENT)
         setattr(module, key, initial() if kept is _ABSENT else kept)
     torch.set_rng_state(ambient.random_states[0])
     np.random.set_state(ambient.random_states[1])
@@ -142,9 +156,9 @@ def fresh(place: Variables) -> Ambient:
     )
 
 
-def _of_ascend() -> Iterator[tuple[str, Any, str, Callable[[], Any]]]:
+def _of_parts() -> Iterator[tuple[str, Any, str, Callable[[], Any]]]:
     """(name, module, variable, what makes it as before any engine) of what there is."""
-    for name, keys in _ASCEND.items():
+    for name, keys in _IN_PARTS.items():
         if (module := sys.modules.get(name)) is not None:
             for key in keys.keys() & vars(module).keys():
                 yield name, module, key, keys[key]

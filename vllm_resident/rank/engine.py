@@ -373,6 +373,7 @@ class Engine:
         before, held = self._device.memory()[0], self._num_held_bytes()
         llm, core = self.llm, self.core
         try:
+            _forget_calls(llm.model_executor.driver_worker.get_model())
             core.shutdown()
         # Raised again: after it, nothing of the world may be used again.
         except BaseException:
@@ -388,6 +389,7 @@ class Engine:
                 f"of {self.world.identity} {_describe_held(self._layers)}",
                 phase="release",
             )
+        _freeze_what_stays()
         after = self._device.memory()[0]
         ledger.require_fall(before, after, held, self.world.identity, "release")
 
@@ -397,6 +399,16 @@ class Engine:
             return self.memory().device_bytes
         # Which of the KV cache's pages there are depends on what was asked.
         return self._backend.num_weight_bytes if self.sleep_level < 2 else 0
+
+
+def _forget_calls(model: torch.nn.Module) -> None:
+    """Empty the caches of methods: one of a layer's (`lru_cache`) keeps the layer, as
+    in vLLM 0.23.0 that of Qwen2.5-VL's vision tower. Others' are filled again."""
+    classes = {type(layer) for layer in model.modules()}
+    for each in {base for layer in classes for base in layer.__mro__}:
+        for member in list(vars(each).values()):
+            if clear := getattr(member, "cache_clear", None):
+                clear()
 
 
 def _describe_held(layers: Iterable[torch.nn.Module]) -> str:
@@ -432,6 +444,7 @@ def abandon(error: BaseException | None, world: World, device: Device) -> None:
     finally:
         _collect(device)
         _give_back(device, held)
+    _freeze_what_stays()
 
 
 def _fit(prepared: Prepared, device: Device) -> None:
@@ -458,13 +471,17 @@ def _no_collections() -> Iterator[None]:
 
 
 def _collect(device: Device) -> None:
-    """Free what only cycles hold, then give free memory back to the device. What is
-    left when no engine is are modules and caches that stay: with the heap of the
-    imports (`boot`) they are frozen, so that the next time looks at engines alone."""
+    """Free what only cycles hold, then give free memory back to the device."""
     gc.collect()
+    device.empty_cache()
+
+
+def _freeze_what_stays() -> None:
+    """What is left when no engine is are modules and caches that stay: with the heap of
+    the imports (`boot`) they are frozen, so that the next collection looks at engines
+    alone."""
     if not _engines:
         gc.freeze()
-    device.empty_cache()
 
 
 def _give_back(device: Device, held: holdings.Holdings) -> None:

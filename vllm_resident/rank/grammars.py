@@ -55,7 +55,7 @@ class Grammars:
         if isinstance(grammar, Exception):
             return f"the grammar or schema does not compile: {grammar}"
         backend = self._core.structured_output_manager.backend
-        if grammar is None or backend is None:
+        if grammar is None or backend is None or grammar.is_terminated():
             return None
         # What it lets follow; a token that it has not accepted has not moved it.
         allowed = backend.allocate_token_bitmask(1)

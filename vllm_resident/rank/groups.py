@@ -215,7 +215,10 @@ class Groups:
         """Its store is its own: it may outlive this world's."""
         name = f"{self._meeting.identity}/groups/{arguments['group_name']}"
         own = self._store.of_one_group(arguments["group_name"])
-        self._stores.append(own)
+        with self._lock:
+            self._stores.append(own)
+            if self.is_broken:  # before there was this one to call off
+                own.cancel()
         before = self._memory_used()
         group, _ = original(**{**arguments, "store": own})
         num_bytes = max(0, self._memory_used() - before)
@@ -244,7 +247,8 @@ class Groups:
         """In the place of vLLM's `in_the_same_node_as`. Of a kept group all ranks know
         the answer, or none does. "No" may have been a failure (it catches errors) and
         is asked again."""
-        communicator = self._mine.get(group)
+        is_torchs = isinstance(group, dist.ProcessGroup)
+        communicator = self._mine.get(group) if is_torchs else None
         if communicator is not None and communicator.is_on_one_machine:
             return [True] * len(communicator.key.ranks)
         answer = ask(group, source)
@@ -295,7 +299,9 @@ class Groups:
         """Never keep any of these; their waits in the store end. Any thread."""
         with self._lock:
             self.is_broken = True
-            stores = [*self._stores, *(each.store for each in self._mine.values())]
+            # Copied at one go: the main thread makes and takes groups meanwhile.
+            mine = list(self._mine.values())
+            stores = [*self._stores, *(each.store for each in mine)]
         for store in stores:
             store.cancel()
 

@@ -2,8 +2,8 @@
 
 vLLM's own is its `ParallelState` (patches/, parallel-state). An out-of-tree platform
 has globals beside it; a holder keeps, for one world, the values of those and swaps them
-in and out with it. A platform that is not in use is not imported. With `world` and
-`groups` the only module that touches vLLM's parallel state.
+in and out with it. A platform that is not in use is not imported. With `hooks`
+and `world` the only module that touches vLLM's parallel state.
 """
 
 from __future__ import annotations

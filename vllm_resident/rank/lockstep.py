@@ -255,7 +255,8 @@ class Leader(InprocClient):
             # The frontend forgets what it took for known here, and its caller's next
             # try succeeds (vllm 0.32.0, v1/engine/core.py, _handle_mm_cache_miss).
             output.mm_cache_miss_hashes = error.mm_hashes
-        else:
+        elif isinstance(error, (ValueError, TypeError)):
+            # Its caller's mistake, as vLLM raises them; others are not told outside.
             output.stop_reason = f"the engine refused the request: {error}"
         if request.client_index == 0:
             self._own.append(output)

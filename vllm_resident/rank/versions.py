@@ -6,6 +6,7 @@ code stand; docs/ACCELERATORS.md lists the differences.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,8 @@ from vllm.v1.engine import EngineCoreReadyResponse
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 __all__ = [
+    "GracefulHTTPError",
     "MultiModalCacheMissError",
-    "RetryableRequestError",
     "SleepModeBackend",
     "ready_response",
 ]
@@ -40,11 +41,15 @@ except ImportError:  # vLLM 0.23.0: a miss is an assertion there.
 
 
 try:
-    from vllm.exceptions import RetryableRequestError
-except ImportError:  # vLLM 0.23.0: nothing there is told to be asked again.
+    from vllm.exceptions import GracefulHTTPError
+except ImportError:  # vLLM 0.23.0: no error there says with what it is answered.
 
-    class RetryableRequestError(Exception):
-        """Answered with 500 there, not with 503."""
+    class GracefulHTTPError(Exception):
+        """Answered with 500 there, whatever it says."""
+
+        def __init__(self, message: str, http_status: HTTPStatus) -> None:
+            super().__init__(message)
+            self.http_status = http_status
 
 
 def ready_response(core: EngineCore) -> Any:
