@@ -50,8 +50,11 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
-def shared_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2, FAULTS)
+def shared_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with pytest.MonkeyPatch.context() as patch:
+        # What is compiled is compiled here, not found.
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm")))
+        ranks = Ranks(2, FAULTS)
     yield ranks
     ranks.end()
 
@@ -155,23 +158,32 @@ def test_a_sleeper_can_be_closed(
 def test_compiled_engines_sleep_wake_and_go(
     ranks: Ranks, checkpoints: dict[str, str], reference: Reference
 ) -> None:
-    """With torch.compile: a second one of the same class serves on when one goes, of
-    which nothing stays (else the rank says `ReleaseIncomplete`)."""
-    compiled = {**ENGINE_ARGS, "enforce_eager": False}
-    wide, narrow = (
-        ranks.build(layout, checkpoints["llama"], members, **compiled, **sizes)
-        for layout, (members, sizes) in LAYOUTS.items()
-        if layout != "pp2"
-    )
+    """With torch.compile: one of the same class serves on when another goes, of which
+    nothing stays (else a rank says `ReleaseIncomplete`); and a graph that the first
+    left in the cache speaks to the ranks of the engine that takes it."""
+
+    def compiled(layout: str) -> int:
+        members, sizes = LAYOUTS[layout]
+        arguments = {**ENGINE_ARGS, "enforce_eager": False, **sizes}
+        return ranks.build(layout, checkpoints["llama"], members, **arguments)
+
+    def close(engine: int) -> None:
+        members = ranks.members.pop(engine)
+        ranks.tell(CloseEngine(generation=engine, timeout_s=20), members)
+        ranks.expect(EngineClosed, members, generation=engine)
+
+    first, narrow = compiled("tp2"), compiled("tp1")
     for level in (1, 2):
-        for engine in (wide, narrow):
+        for engine in (first, narrow):
             assert ranks.tokens(engine, PROMPTS, SAMPLING) == reference("llama")
             ranks.suspend(engine, level)
             ranks.resume(engine)
-    ranks.tell(CloseEngine(generation=wide, timeout_s=20), [0, 1])
-    ranks.expect(EngineClosed, [0, 1], generation=wide)
-    del ranks.members[wide]
-    assert ranks.tokens(narrow, PROMPTS, SAMPLING) == reference("llama")
+    second, third = compiled("tp2"), compiled("tp2")
+    close(first)
+    for engine in (second, narrow, third, second):
+        assert ranks.tokens(engine, PROMPTS, SAMPLING) == reference("llama")
+    close(third)
+    assert ranks.tokens(second, PROMPTS, SAMPLING) == reference("llama")
 
 
 def test_many_engines_of_overlapping_layouts_take_turns(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -112,8 +113,9 @@ def test_a_pooling_request_that_ends_without_a_result_ends_nothing_else(
     made = processor()
     queue = add(made, "pooled", pooling=True)
     ended(made, "pooled", reason, None)
-    with pytest.raises(GracefulHTTPError):
+    with pytest.raises(GracefulHTTPError) as raised:
         heard(queue)
+    assert raised.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
     assert not made.request_states
 
 
