@@ -4,8 +4,8 @@ processor and grammars, without an engine."""
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
