@@ -373,7 +373,7 @@ class Engine:
         before, held = self._device.memory()[0], self._num_held_bytes()
         llm, core = self.llm, self.core
         try:
-            _forget_calls(llm.model_executor.driver_worker.get_model())
+            forget_calls(llm.model_executor.driver_worker.get_model())
             core.shutdown()
         # Raised again: after it, nothing of the world may be used again.
         except BaseException:
@@ -401,7 +401,7 @@ class Engine:
         return self._backend.num_weight_bytes if self.sleep_level < 2 else 0
 
 
-def _forget_calls(model: torch.nn.Module) -> None:
+def forget_calls(model: torch.nn.Module) -> None:
     """Empty the caches of methods: one of a layer's (`lru_cache`) keeps the layer, as
     in vLLM 0.23.0 that of Qwen2.5-VL's vision tower. Others' are filled again."""
     classes = {type(layer) for layer in model.modules()}
