@@ -12,14 +12,13 @@ import importlib
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
@@ -41,6 +40,7 @@ from vllm_resident.rank import (
     budget,
     checkpoint,
     holdings,
+    layers,
     ledger,
     sleep,
     turns,
@@ -189,13 +189,7 @@ class Engine:
         self._held = holdings.current
         model = llm.model_executor.driver_worker.get_model()
         ledger.count_model(weakref.ref(model))
-        # Any of them may be what somebody keeps, with what it has. Those that have
-        # nothing may be all models' (an activation function).
-        self._layers = weakref.WeakSet(
-            layer
-            for layer in model.modules()
-            if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        )
+        self._layers = layers.Watch(model)
         self.released = False
         _engines.add(self)
 
@@ -373,7 +367,7 @@ class Engine:
         before, held = self._device.memory()[0], self._num_held_bytes()
         llm, core = self.llm, self.core
         try:
-            forget_calls(llm.model_executor.driver_worker.get_model())
+            layers.forget_calls(llm.model_executor.driver_worker.get_model())
             core.shutdown()
         # Raised again: after it, nothing of the world may be used again.
         except BaseException:
@@ -384,10 +378,9 @@ class Engine:
             self.world.close(orderly=orderly)
             _collect(self._device)
             _give_back(self._device, self._held)
-        if self._layers:
+        if complaint := self._layers.complaint():
             raise ReleaseIncomplete(
-                f"of {self.world.identity} {_describe_held(self._layers)}",
-                phase="release",
+                f"of {self.world.identity} {complaint}", phase="release"
             )
         _freeze_what_stays()
         after = self._device.memory()[0]
@@ -399,34 +392,6 @@ class Engine:
             return self.memory().device_bytes
         # Which of the KV cache's pages there are depends on what was asked.
         return self._backend.num_weight_bytes if self.sleep_level < 2 else 0
-
-
-def forget_calls(model: torch.nn.Module) -> None:
-    """Empty the caches of methods: one of a layer's (`lru_cache`) keeps the layer, as
-    in vLLM 0.23.0 that of Qwen2.5-VL's vision tower. Others' are filled again."""
-    classes = {type(layer) for layer in model.modules()}
-    for each in {base for layer in classes for base in layer.__mro__}:
-        for member in list(vars(each).values()):
-            if clear := getattr(member, "cache_clear", None):
-                clear()
-
-
-def _describe_held(layers: Iterable[torch.nn.Module]) -> str:
-    """Which layers there still are, and what refers to the outermost of them."""
-    alive = list(layers)
-    inner = {id(each) for layer in alive for each in layer.children()}
-    outermost = [layer for layer in alive if id(layer) not in inner]
-    names = sorted({type(layer).__name__ for layer in outermost})
-    ours = (alive, outermost)
-    holders = sorted(
-        {
-            type(holder).__name__
-            for layer in outermost
-            for holder in gc.get_referrers(layer)
-            if not any(holder is each for each in ours)
-        }
-    )
-    return f"{len(alive)} layers are still there: {names[:8]}, held by {holders[:8]}"
 
 
 def abandon(error: BaseException | None, world: World, device: Device) -> None:
