@@ -1,4 +1,4 @@
-"""Whether a model's layers are gone once its engine is, and who keeps those still there.
+"""Whether a model's layers are gone once its engine is, and who keeps those there are.
 
 Whoever holds one layer holds its weights, and the engine's memory is not back. Knows of
 torch's modules only, nothing of engines.
