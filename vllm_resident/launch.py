@@ -186,7 +186,11 @@ def launch(
     logs = directory / "logs"
     logs.mkdir(mode=0o700, exist_ok=True)
     log = logs / "torchrun.log"
-    command = torchrun_command(pool, num_ranks, max_restarts, controller)
+    # torchrun's own, a tree of empty folders for each start; by default it leaves them
+    # in the temporary folder.
+    own_logs = logs / "torchrun"
+    shutil.rmtree(own_logs, ignore_errors=True)
+    command = torchrun_command(pool, num_ranks, max_restarts, controller, own_logs)
     # The ranks of this pool are not to join the one the caller may have named there.
     environment = {k: v for k, v in os.environ.items() if k != ENDPOINT_VARIABLE}
     if config:
@@ -221,7 +225,11 @@ def spawn(
 
 
 def torchrun_command(
-    pool: str, num_ranks: int, max_restarts: int, controller: str | None
+    pool: str,
+    num_ranks: int,
+    max_restarts: int,
+    controller: str | None,
+    logs: Path,
 ) -> list[str]:
     """The torchrun call of a pool on one machine. Port 0: any that is free."""
     command = [
@@ -233,9 +241,9 @@ def torchrun_command(
         "--nnodes=1",
         f"--nproc-per-node={num_ranks}",
         f"--max-restarts={max_restarts}",
-        # It would leave a folder in the temporary one, with nothing in it: what the
-        # ranks print is not redirected (torch 2.13, elastic/multiprocessing/api.py).
-        f"--log-dir={os.devnull}",
+        # Not /dev/null: it is then read for ever by threads that a torchrun told to end
+        # at a bad moment waits for (torch 2.13, elastic/multiprocessing/api.py).
+        f"--log-dir={logs}",
         "-m",
         "vllm_resident.rank",
         "--pool",

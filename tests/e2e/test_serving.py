@@ -28,14 +28,16 @@ def test_a_batch_and_a_stream_run_together(engine: str, pool: Client) -> None:
     """The stream is admitted while the batch runs, ends before it, and neither
     changes the other's tokens."""
     alone = [c.token_ids for c in pool.generate(engine, PROMPTS, LONG)]
-    alone_short = pool.generate(engine, "hello", SAMPLING)[0].token_ids
+    # Few, so that a machine with other work has it end first as well.
+    short = {**SAMPLING, "max_tokens": 4}
+    alone_short = pool.generate(engine, "hello", short)[0].token_ids
 
     async def together() -> tuple[list[Completion], list[int], float, float]:
         async with AsyncClient(pool.endpoint) as client:
             batch = asyncio.create_task(client.generate(engine, PROMPTS, LONG))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.02)  # it is asked for first
             streamed: list[int] = []
-            async for piece in client.stream(engine, "hello", SAMPLING):
+            async for piece in client.stream(engine, "hello", short):
                 streamed += piece.token_ids
             stream_end, batch_running = time.monotonic(), not batch.done()
             completions = await batch

@@ -572,13 +572,14 @@ def test_progress_without_a_terminal_is_a_line_for_each_phase() -> None:
 # ----------------------------------------------------------------------- launch
 
 
-def test_the_torchrun_command() -> None:
-    command = torchrun_command("p", 2, 3, None)
+def test_the_torchrun_command(tmp_path: Path) -> None:
+    command = torchrun_command("p", 2, 3, None, tmp_path)
     assert command[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in command
     assert "--max-restarts=3" in command
     assert command[-4:] == ["-m", "vllm_resident.rank", "--pool", "p"]
-    joined = torchrun_command("p", 2, 3, "tcp://127.0.0.1:1")
+    assert f"--log-dir={tmp_path}" in command
+    joined = torchrun_command("p", 2, 3, "tcp://127.0.0.1:1", tmp_path)
     assert joined[-2:] == ["--controller", "tcp://127.0.0.1:1"]
 
 
