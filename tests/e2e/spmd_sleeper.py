@@ -6,6 +6,7 @@ Run under torchrun with two checkpoints: `spmd_sleeper.py WIDE NARROW`. Prints
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -54,6 +55,10 @@ def main(wide_model: str, narrow_model: str) -> None:
         result["tokens"].append([tokens(wide), tokens(narrow)])
         wide.sleep(2)
         result["tokens"].append([result["tokens"][0][0], tokens(narrow)])
+    # What the last release froze and is garbage once the script has let go of it.
+    del wide, narrow
+    gc.unfreeze()
+    result["garbage"] = gc.collect()
     sys.stdout.write(f"RESULT {json.dumps(result)}\n")
     sys.stdout.flush()
 

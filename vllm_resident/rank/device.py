@@ -20,6 +20,9 @@ from vllm_resident.rank.communicators import DEFAULT_BUDGET, Budget
 # Read at import, which comes before `bind_cores`.
 _ALLOWED_CORES = sorted(os.sched_getaffinity(0))
 
+# glibc's; other libraries of C have none. Looked up once: each look-up leaves a cycle.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 # Where vLLM's worker for the device is (0.32.0, platforms/; vllm-ascend 0.23.0).
 _WORKERS = {
@@ -100,8 +103,8 @@ class Device:
         allocator otherwise keeps it and resident memory creeps over many loads)."""
         if self.type != "cpu":
             self._module().empty_cache()
-        elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+        elif _malloc_trim is not None:
+            _malloc_trim(0)
 
     def _module(self):  # type: ignore[no-untyped-def]
         import torch

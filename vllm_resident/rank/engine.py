@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import time
 import traceback
 import weakref
@@ -57,6 +58,10 @@ BACKEND = "external_launcher"
 SUSPENDS = "enable_nccl_comm_suspend"
 # Those built and not yet released in this process.
 _engines: set[Engine] = set()
+# Of the times that no engine is left, in how many a collection looks at the whole heap:
+# some tenths of a second.
+THOROUGH_EVERY = 16
+_freezes = itertools.count(1)
 
 
 def warm_up(device: Device) -> None:
@@ -444,9 +449,14 @@ def _collect(device: Device) -> None:
 def _freeze_what_stays() -> None:
     """What is left when no engine is are modules and caches that stay: with the heap of
     the imports (`boot`) they are frozen, so that the next collection looks at engines
-    alone."""
-    if not _engines:
-        gc.freeze()
+    alone. Now and then at all: what became garbage after it was frozen is found by no
+    other."""
+    if _engines:
+        return
+    if next(_freezes) % THOROUGH_EVERY == 0:
+        gc.unfreeze()
+        gc.collect()
+    gc.freeze()
 
 
 def _give_back(device: Device, held: holdings.Holdings) -> None:

@@ -79,6 +79,9 @@ class SpmdEngine:
                 completions.extend(fresh)
         return sorted(completions, key=lambda each: (each.prompt_index, each.index))
 
+    def _let_go(self) -> None:
+        del self._leader, self._requests
+
     @property
     def sleep_level(self) -> int:
         """0 while it is awake; 1 or 2 while it sleeps."""
@@ -163,10 +166,13 @@ def engine(
         abandon(error, world, device)
         raise
     orderly = False
+    resident = SpmdEngine(built, members)
     try:
-        yield SpmdEngine(built, members)
+        yield resident
         orderly = True
     finally:
+        # The script may still have it, and must not keep the engine's parts with it.
+        resident._let_go()
         built.release(orderly=orderly)
 
 
