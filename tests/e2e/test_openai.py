@@ -378,7 +378,12 @@ def test_embeddings_are_plain_vllms(
         if level == 0:
             assert gateway.complete("chat").startswith(" Paris")
             models.switch("chat", "minilm")
-    assert num_requests(models.status(), "minilm") == 0
+    wait_until(
+        models,
+        lambda status: num_requests(status, "minilm") == 0,
+        10,
+        "the end of each request",
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -32,22 +31,24 @@ def test_a_batch_and_a_stream_run_together(engine: str, pool: Client) -> None:
     short = {**SAMPLING, "max_tokens": 4}
     alone_short = pool.generate(engine, "hello", short)[0].token_ids
 
-    async def together() -> tuple[list[Completion], list[int], float, float]:
+    async def together() -> tuple[list[Completion], list[int], bool]:
         async with AsyncClient(pool.endpoint) as client:
             batch = asyncio.create_task(client.generate(engine, PROMPTS, LONG))
             await asyncio.sleep(0.02)  # it is asked for first
             streamed: list[int] = []
             async for piece in client.stream(engine, "hello", short):
                 streamed += piece.token_ids
-            stream_end, batch_running = time.monotonic(), not batch.done()
-            completions = await batch
-            assert batch_running
-            return completions, streamed, stream_end, time.monotonic()
+            is_first = not batch.done()
+            return await batch, streamed, is_first
 
-    completions, streamed, stream_end, batch_end = asyncio.run(together())
-    assert [c.token_ids for c in completions] == alone
-    assert streamed == alone_short
-    assert stream_end < batch_end
+    # Where others have the cores this process may hear of both ends at once.
+    for _ in range(4):
+        completions, streamed, is_first = asyncio.run(together())
+        assert [c.token_ids for c in completions] == alone
+        assert streamed == alone_short
+        if is_first:
+            break
+    assert is_first
 
 
 def test_a_stream_comes_in_pieces_and_adds_up(engine: str, pool: Client) -> None:
