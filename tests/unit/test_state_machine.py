@@ -553,3 +553,24 @@ TestControllerMachine.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+
+
+def test_what_comes_waits_until_the_others_have_dropped_a_lost_engine() -> None:
+    machine = ControllerMachine()
+    machine.start(number=3, host_memory_bytes=None, device_memory_bytes=None)
+    wide = EngineSpec(name="a", model="/m", ranks=3)
+    machine.load(client=CLIENTS[0], spec=wide, timeout_s=1.0)
+    machine.everyone_answers()
+    machine.apply(
+        client=CLIENTS[0],
+        specs=[EngineSpec(name="a", model="/m", ranks=[1])],
+        timeout_s=1.0,
+        drain_s=0.0,
+    )
+    machine.connection_breaks(number=0)
+    # Rank 1 is told to drop the wide one, then prepares the narrow one: `take_rank`
+    # fails if it is to be built before it says that it has.
+    machine.everyone_answers()
+    engine = machine.pool.state.engine_named("a")
+    assert engine is not None
+    assert (engine.ranks, engine.phase) == ([1], EnginePhase.READY)
