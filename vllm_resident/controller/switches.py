@@ -235,24 +235,20 @@ def _enter_setting_aside(_state: PoolState, switch: Switch, now: float) -> None:
 
 
 def _aside(state: PoolState, switch: Switch, now: float) -> bool:
-    for move in _leaving(switch):
+    leaving = [m for m in _leaving(switch) if m.engine.phase is not _P.LOST]
+    for move in leaving:
         if move.engine.phase in (_P.READY, _P.DRAINING):
             level = 1 if move.parked else move.after
             _note_path(switch, "unload" if level is None else "sleep")
             _put(state, switch, move, level, now)
-    return all(_is_aside(m.engine) for m in _leaving(switch))
-
-
-def _is_aside(engine: Engine) -> bool:
-    """Whether it has left its ranks' devices; of a lost one, those ranks that are not
-    lost themselves drop it."""
-    if engine.phase is _P.LOST:
-        return not engine.waiting
-    return engine.phase in (_P.ASLEEP, *ENGINE_GONE)
+    return all(m.engine.phase in (_P.ASLEEP, *ENGINE_GONE) for m in leaving)
 
 
 def _up(state: PoolState, switch: Switch, now: float) -> bool:
     coming = [m for m in switch.moves if m.before is None or m.after == 0]
+    lost = [m.engine for m in _leaving(switch) if m.engine.phase is _P.LOST]
+    if coming and any(engine.waiting for engine in lost):
+        return False  # the ranks that are there drop it first
     for move in coming:
         engine = move.engine
         if engine.phase is _P.PREPARED:
