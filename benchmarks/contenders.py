@@ -223,7 +223,7 @@ class Pool(Resources):
         cache = self.stack.enter_context(tempfile.TemporaryDirectory())
         self.stack.push(self._clear)
         with _ended_on_error(self.stack):
-            with _environment("VLLM_CACHE_ROOT", cache):
+            with environment("VLLM_CACHE_ROOT", cache):
                 started = launch(
                     self._name, self._num_ranks, config=self._config, max_restarts=0
                 )
@@ -378,7 +378,7 @@ def _ended_on_error(stack: ExitStack) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def environment(name: str, value: str) -> Iterator[None]:
     """A variable for what is started inside the block."""
     before = os.environ.get(name)
     os.environ[name] = value

@@ -12,16 +12,13 @@ one meeting on this machine, of which entering takes several.
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import busy, describe, hardware, versions
+from tests import members
 
 NUM_RANKS = 4
 SCENARIOS = ("layouts", "without_pool", "floor")
@@ -41,47 +38,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(plan: dict[str, Any], folder: Path) -> dict[str, list[dict[str, Any]]]:
+def run(plan: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """One start of the ranks: what each scenario gave, by its name."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    logs = [folder / f"rank-{rank}.log" for rank in range(NUM_RANKS)]
-    ranks = [_start(rank, port, log, plan) for rank, log in enumerate(logs)]
-    try:
-        codes = [rank.wait(TIMEOUT_S) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}:\n{logs[0].read_text()[-2000:]}")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for log in logs:
-        for line in log.read_text().splitlines():
-            if line.startswith("RESULT "):
-                result = json.loads(line.removeprefix("RESULT "))
-                found.setdefault(result["scenario"], []).append(result)
-    return found
-
-
-def _start(
-    rank: int, port: int, output: Path, plan: dict[str, Any]
-) -> subprocess.Popen[bytes]:
-    module = "tests.process.communicator_member"
-    with output.open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(plan), *SCENARIOS],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(NUM_RANKS),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    statuses, texts = members.run(
+        "tests.process.communicator_member", json.dumps(plan), *SCENARIOS,
+        num_ranks=NUM_RANKS, timeout_s=TIMEOUT_S,
+    )  # fmt: skip
+    if any(statuses):
+        raise SystemExit(f"ranks ended with {statuses}:\n{texts[0][-2000:]}")
+    return members.by_scenario(texts)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -129,8 +94,7 @@ def main() -> None:
             "num_barriers": 300,
             "seed": 23 + number,
         }
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append({"plan": plan, **row(run(plan, Path(folder)))})
+        rows.append({"plan": plan, **row(run(plan))})
         print(f"run {number + 1}: SIMULATED, {arguments.creation:g} s a group")
         for name, each in rows[-1].items():
             if isinstance(each, dict) and "p95_ms" in each:

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks import machine
+from benchmarks.contenders import environment
 from benchmarks.mixed import MAX_TOKENS, PROMPTS, SAMPLING, Callers, Seen, trace
 from benchmarks.plain_answers import plain_answers
 from benchmarks.policy import percentile
@@ -258,10 +258,10 @@ def serving() -> Iterator[GatewayServer]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("starting a pool and its gateway")
-        os.environ.setdefault(*PRIMITIVES)
-        yield stack.enter_context(
-            GatewayServer(NUM_RANKS, config=pool_file(folder), title="soak")
-        )
+        server = GatewayServer(NUM_RANKS, config=pool_file(folder), title="soak")
+        with environment(*PRIMITIVES):
+            stack.enter_context(server)
+        yield server
 
 
 def summary(outcome: Outcome) -> str:

@@ -14,7 +14,10 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import pytest
+
 from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING
+from vllm_resident.errors import CommandRejected
 from vllm_resident.rank import spmd
 from vllm_resident.rank.device import Device
 
@@ -55,6 +58,8 @@ def main(wide_model: str, narrow_model: str) -> None:
         result["tokens"].append([tokens(wide), tokens(narrow)])
         wide.sleep(2)
         result["tokens"].append([result["tokens"][0][0], tokens(narrow)])
+    with pytest.raises(CommandRejected, match="was given back"):
+        tokens(narrow)
     # What the last release froze and is garbage once the script has let go of it.
     del wide, narrow
     gc.unfreeze()

@@ -36,7 +36,7 @@ def test_a_cached_method_does_not_keep_its_layer() -> None:
     model = make_model()
     model[0].table(1)
     tower = weakref.ref(model[0])
-    layers.forget_calls(model)
+    layers.Watch(model).forget_calls()
     del model
     gc.collect()
     assert tower() is None

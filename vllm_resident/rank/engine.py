@@ -372,7 +372,6 @@ class Engine:
         before, held = self._device.memory()[0], self._num_held_bytes()
         llm, core = self.llm, self.core
         try:
-            layers.forget_calls(llm.model_executor.driver_worker.get_model())
             core.shutdown()
         # Raised again: after it, nothing of the world may be used again.
         except BaseException:
@@ -380,6 +379,7 @@ class Engine:
             raise
         finally:
             del self.llm, self._backend, llm, core
+            self._layers.forget_calls()
             self.world.close(orderly=orderly)
             _collect(self._device)
             _give_back(self._device, self._held)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import lru_cache
 
 import torch
+
+_CachedCall = type(lru_cache(lambda: None))
 
 
 class Watch:
@@ -22,6 +25,15 @@ class Watch:
             for layer in model.modules()
             if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
         )
+        self._classes = {type(layer) for layer in model.modules()}
+
+    def forget_calls(self) -> None:
+        """Empty the caches of methods: one of a layer's (`lru_cache`) keeps the layer,
+        as in vLLM 0.23.0 that of Qwen2.5-VL's vision tower. Others' fill again."""
+        for each in {base for layer in self._classes for base in layer.__mro__}:
+            for member in list(vars(each).values()):
+                if isinstance(member, _CachedCall):
+                    member.cache_clear()
 
     def complaint(self) -> str:
         """Which of them there still are and what refers to the outermost ones; empty if
@@ -42,13 +54,3 @@ class Watch:
             f"{len(alive)} layers are still there: {names[:8]}, held by "
             f"{sorted(holders)[:8]}"
         )
-
-
-def forget_calls(model: torch.nn.Module) -> None:
-    """Empty the caches of methods: one of a layer's (`lru_cache`) keeps the layer, as
-    in vLLM 0.23.0 that of Qwen2.5-VL's vision tower. Others' are filled again."""
-    classes = {type(layer) for layer in model.modules()}
-    for each in {base for layer in classes for base in layer.__mro__}:
-        for member in list(vars(each).values()):
-            if clear := getattr(member, "cache_clear", None):
-                clear()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -66,10 +67,10 @@ class ResidentMemory(SleepModeBackend):
         """Bytes by tag that should be given back at this level and are not."""
         return {}
 
+    @abstractmethod
     def num_freed_bytes(self) -> int:
         """By how much the device's memory must have fallen in the last `suspend`; what
-        `held` would tell of need not be counted. Each kind of memory has its own."""
-        raise NotImplementedError
+        `held` would tell of need not be counted."""
 
     @classmethod
     def preserves_communicators(cls) -> bool:

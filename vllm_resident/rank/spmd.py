@@ -24,7 +24,7 @@ from vllm_resident.rank.prepare import prepare_process
 
 if TYPE_CHECKING:
     from vllm_resident.rank.engine import Engine
-    from vllm_resident.rank.world import Store
+    from vllm_resident.rank.world import Store, World
 
 # A collective stuck for longer means a rank has left the script.
 WORLD_TIMEOUT_S = 600.0
@@ -65,6 +65,7 @@ class SpmdEngine:
         (nothing has run then) where vLLM refuses a prompt or a parameter, or while the
         engine sleeps.
         """
+        self._check_held()
         if self.sleep_level:
             raise CommandRejected("the engine is asleep: wake it up first")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -79,9 +80,6 @@ class SpmdEngine:
                 completions.extend(fresh)
         return sorted(completions, key=lambda each: (each.prompt_index, each.index))
 
-    def _let_go(self) -> None:
-        del self._leader, self._requests
-
     @property
     def sleep_level(self) -> int:
         """0 while it is awake; 1 or 2 while it sleeps."""
@@ -95,6 +93,7 @@ class SpmdEngine:
         1 it may go on to 2. Raises `CommandRejected` (nothing is changed then) for
         other levels, `ReleaseIncomplete` if memory was not given back.
         """
+        self._check_held()
         self._engine.check_sleep(level)
         for number in self._requests.numbers:
             self._requests.abort(number)
@@ -105,7 +104,16 @@ class SpmdEngine:
     def wake_up(self) -> None:
         """Have the memory again and generate as before; blocks while weights are
         read. No-op for an engine that is awake."""
+        self._check_held()
         self._engine.wake_up(on_phase=lambda _: None)
+
+    def _check_held(self) -> None:
+        if self._engine.released:
+            raise CommandRejected("the engine was given back where its block ended")
+
+    def _let_go(self) -> None:
+        """Of vLLM's parts: whoever still has this object must not keep them."""
+        del self._leader, self._requests
 
 
 @contextmanager
@@ -118,10 +126,10 @@ def engine(
     their own meanwhile, and each rank several at once. `engine_args` are vLLM's by
     name; with no parallel size given, `tensor_parallel_size` is the number of ranks.
     Blocks while it builds. Raises `CommandRejected` for arguments vLLM refuses,
-    `RankTimeout` for ranks that do not
-    come, `ReleaseIncomplete` if something is still held at the end.
+    `RankTimeout` for ranks that do not come, `ReleaseIncomplete` if something is still
+    held at the end.
     """
-    store, device, owner, rank, world_size, communicators = _process()
+    _, device, _, rank, world_size, _ = _process()
     members = list(ranks) if ranks is not None else list(range(world_size))
     if rank not in members or len(set(members)) != len(members):
         raise CommandRejected(
@@ -132,7 +140,6 @@ def engine(
         engine_args["tensor_parallel_size"] = len(members)
 
     from vllm_resident.rank.engine import Engine, abandon, configure
-    from vllm_resident.rank.world import World
 
     prepared = configure(model, engine_args)
     size = prepared.config.parallel_config.world_size
@@ -140,12 +147,36 @@ def engine(
         raise CommandRejected(
             f"the parallel sizes multiply to {size}, but {len(members)} ranks are given"
         )
+    world = _form_world(members)
+    try:
+        built = Engine.build(prepared, world, device, on_phase=lambda _: None)
+    # Given back and raised again, Ctrl-C too.
+    except BaseException as error:
+        abandon(error, world, device)
+        raise
+    orderly = False
+    try:
+        resident = SpmdEngine(built, members)
+        try:
+            yield resident
+        finally:
+            resident._let_go()
+        orderly = True
+    finally:
+        built.release(orderly=orderly)
+
+
+def _form_world(members: list[int]) -> World:
+    """A world of these ranks of the script, of which this is one."""
+    from vllm_resident.rank.world import World
+
+    store, device, owner, rank, _, communicators = _process()
     # Members have formed the same worlds in the same order, so they count alike.
     _num_worlds[tuple(members)] += 1
     # The launcher's store outlives a restart of its ranks.
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = f"spmd-{life}-{'.'.join(map(str, members))}-{_num_worlds[tuple(members)]}"
-    world = World.form(
+    return World.form(
         identity=name,
         rank=members.index(rank),
         size=len(members),
@@ -159,21 +190,6 @@ def engine(
         communicators=communicators,
         memory_used=lambda: device.memory()[0],
     )
-    try:
-        built = Engine.build(prepared, world, device, on_phase=lambda _: None)
-    # Given back and raised again, Ctrl-C too.
-    except BaseException as error:
-        abandon(error, world, device)
-        raise
-    orderly = False
-    resident = SpmdEngine(built, members)
-    try:
-        yield resident
-        orderly = True
-    finally:
-        # The script may still have it, and must not keep the engine's parts with it.
-        resident._let_go()
-        built.release(orderly=orderly)
 
 
 @cache
