@@ -61,7 +61,7 @@ def main(wide_model: str, narrow_model: str) -> None:
     with pytest.raises(CommandRejected, match="was given back"):
         tokens(narrow)
     # What the last release froze and is garbage once the script has let go of it.
-    del wide, narrow
+    del wide, narrow, engine
     gc.unfreeze()
     result["garbage"] = gc.collect()
     sys.stdout.write(f"RESULT {json.dumps(result)}\n")
