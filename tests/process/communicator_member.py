@@ -87,10 +87,18 @@ def form(
 
 
 def meet(point: str, ranks: list[int] = ALL) -> None:
-    """Wait for these processes, outside every world."""
+    """Wait for these processes, outside every world. Before a world is closed in order
+    all must have formed it, which no collective has shown where none was run."""
     if STORE.add(f"meet/{point}", 1) == len(ranks):
         STORE.set(f"meet/{point}/all", b"1")
     STORE.wait([f"meet/{point}/all"])
+
+
+def form_and_close(identity: str) -> None:
+    """A world over all, which leaves its groups behind."""
+    world = form(identity, ALL)
+    meet(f"{identity}/formed")
+    world.close(orderly=True)
 
 
 def sums(world: World) -> list[float]:
@@ -288,7 +296,7 @@ def _communicators_of_some_bytes(turn: str) -> tuple[float, bool]:
     size, limit = 8 * 2**20, 20 * 2**20
     simulation.settings.num_bytes = size
     POOL.set_budget(Budget(1000))
-    form(f"budget-{turn}-bytes", ALL).close(orderly=True)
+    form_and_close(f"budget-{turn}-bytes")
     simulated = [each for each in POOL.within(ALL) if each.key.backend == BACKEND]
     told = sum(each.num_bytes for each in simulated) / (size * len(simulated))
     POOL.set_budget(Budget(1000, limit))
@@ -374,7 +382,7 @@ def _next_world(after: str, members: list[int]) -> None:
 
 def lost_on_one_side() -> None:
     """What one rank has given up by itself is given up by the others at the meeting."""
-    form("one-sided-0", ALL).close(orderly=True)
+    form_and_close("one-sided-0")
     if RANK == 1:
         POOL.close()
     kept = POOL.num
@@ -388,7 +396,7 @@ def lost_on_one_side() -> None:
 
 def broken_while_kept() -> None:
     """One that no longer works is found out by the check, and made anew."""
-    form("broken-0", ALL).close(orderly=True)
+    form_and_close("broken-0")
     if RANK == 2:
         victims = [e for e in POOL.within(ALL) if len(e.key.ranks) == SIZE]
         victims = [e for e in victims if e.key.backend == BACKEND]
@@ -427,6 +435,7 @@ def of_another_layout() -> None:
         total = torch.full((2,), float(2**RANK))
         dist.all_reduce(total, group=parts[halves.index(mine)])
         right &= are_right(total.tolist(), mine)
+        meet(f"of_another_layout/{turn}/done")
         world.close(orderly=True)
     say("of_another_layout", right=right, made=made, checked=checked)
 
@@ -508,6 +517,7 @@ def ascend() -> None:
         config._ASCEND_CONFIG = "config"
         state.init_ascend_model_parallel(ALL, buffer_mb=buffer_mb)
         world.settle()
+        meet(f"ascend/{buffer_mb}")
         world.close(orderly=True)
         found[f"made with {buffer_mb} MB"] = POOL.counts.made - made
     holders._OF_DEVICE.pop("cpu")

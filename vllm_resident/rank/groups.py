@@ -88,12 +88,14 @@ class Groups:
 
     # ------------------------------------------------------------ before there is any
 
-    def agree(self, deadline: float) -> None:
-        """Settle with the others what groups that are made from here on are taken
-        from. What this world is likely to take is proven by a collective on each, all
-        at once; whatever else was kept, when it is taken: how much that is must not
-        matter. What the others could not match serves nobody any more."""
-        offers = self._meeting.exchange("offer", self._offers(), list[Offer], deadline)
+    def agree(self, offers: Sequence[Sequence[Offer]], deadline: float) -> None:
+        """Settle with the others, by what each of them offers, what groups that are
+        made from here on are taken from.
+
+        What this world is likely to take is proven by a collective on each, all at
+        once; whatever else was kept, when it is taken: how much that is must not
+        matter. What the others could not match serves nobody any more.
+        """
         agreement = agree(dict(zip(self.members, offers, strict=True)))
         names = {offer.name for offer in agreement.offers}
         mine = [each.name for each in self._pool.within(self.members)]
@@ -104,7 +106,7 @@ class Groups:
         check_s = (deadline - time.monotonic()) / 2
         self._prove(agreement.likely(self.members), "checked", check_s, deadline)
 
-    def _offers(self) -> list[Offer]:
+    def offers(self) -> list[Offer]:
         """What this rank could use of what it has kept."""
         return [
             Offer(each.name, each.key, has_run(each.handle), each.served)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, Protocol
 
 import msgspec
@@ -53,20 +52,36 @@ class Meeting:
         serve: Callable[[], None] | None = None,
     ) -> list[Any]:
         """What each rank says at this point, in their order; `RankTimeout` names those
-        that do not. `mine` and what comes back are of `kind`; a point serves once."""
-        keys = [f"{point}/{rank}" for rank in range(self.size)]
-        self.store.set(keys[self.rank], msgspec.msgpack.encode(mine))
+        that do not. `mine` and what comes back are of `kind`; a point serves once.
+
+        Who finds that something was said and deleted waits as for one who is absent: a
+        rank has left again, and will tell why itself.
+        """
+        said, count = f"{point}/said", f"{point}/count"
+        lines = msgspec.json.Decoder(tuple[int, kind])  # type: ignore[valid-type]
+
+        def so_far() -> dict[int, Any]:
+            return dict(lines.decode_lines(self.store.peek(said) or b""))
+
+        def all_of_it() -> dict[int, Any] | None:
+            if int(self.store.peek(count) or 0) < self.size:
+                return None
+            found = so_far()
+            return found if len(found) == self.size else None
+
+        # Counted after it is said: both go the same way, one after the other.
+        self.store.append(said, msgspec.json.encode((self.rank, mine)) + b"\n")
+        self.store.add(count, 1)
         timeout_s = max(deadline - time.monotonic(), 0.0)
         try:
-            self.store.wait(keys, timedelta(seconds=timeout_s), serve)
+            found = self.store.wait_for(all_of_it, said, timeout_s, serve)
         except dist.DistStoreError as error:
-            absent = [r for r, key in enumerate(keys) if not self.store.check([key])]
+            absent = sorted({*range(self.size)} - so_far().keys())
             raise RankTimeout(
                 f"ranks {absent} of world {self.identity} did not come to form it "
                 f"within {timeout_s:.3g} s"
             ) from error
-        said = self.store.get_all(keys)
-        return [msgspec.msgpack.decode(each, type=kind) for each in said]
+        return [found[rank] for rank in range(self.size)]
 
     def hold(self, meanwhile: Meanwhile, deadline: float) -> None:
         """Serve until what is beside this rank stands still; `RankTimeout` if it does

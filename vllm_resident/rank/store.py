@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -21,6 +22,10 @@ _LAST_POLL_S = 0.05
 _POLL_GROWTH = 1.3
 # While something else is served between two polls.
 _SERVING_POLL_S = 0.005
+# No key has this value.
+_ABSENT = b"\xc1nothing was set\xc1"
+
+T = TypeVar("T")
 
 
 class StoreCancelled(RuntimeError):
@@ -71,17 +76,20 @@ class CancellableStore(dist.Store):
         self._written.add(key)
         self._store.set(key, value)
 
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        value: bytes = self._store.get(key)
-        return value
+    def append(self, key: str, value: bytes) -> None:
+        """Add to what ranks have said under one key; not answered, so it costs none."""
+        self._written.add(key)
+        self._store.append(key, value)
 
-    def get_all(self, keys: list[str]) -> list[bytes]:
-        """The values of keys that are there, by one question where the store can."""
-        if self._store.has_extended_api():
-            values: list[bytes] = self._store.multi_get(keys)
-            return values
-        return [self._store.get(key) for key in keys]
+    def get(self, key: str) -> bytes:
+        return self.wait_for(lambda: self.peek(key), key, self._timeout_s)
+
+    def peek(self, key: str) -> bytes | None:
+        """The value as of now, None if there is none. One question that is answered at
+        once, where `get` of the store below first waits for the key inside C++: it may
+        be deleted just then. Compared with what no key has, nothing is ever set."""
+        value: bytes = self._store.compare_set(key, _ABSENT, _ABSENT)
+        return None if value == _ABSENT else value
 
     def add(self, key: str, amount: int) -> int:
         self._written.add(key)
@@ -92,27 +100,34 @@ class CancellableStore(dist.Store):
         present: bool = self._store.check(keys)
         return present
 
-    def wait(
-        self,
-        keys: list[str],
-        timeout: timedelta | None = None,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> None:
-        """`meanwhile` is called between two looks, on this thread."""
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        self.wait_for(lambda: self._store.check(keys) or None, str(keys), timeout_s)
+
+    def wait_for(
+        self,
+        look: Callable[[], T | None],
+        what: str,
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> T:
+        """What `look` finds, as soon as it is not None. It and `meanwhile` are called
+        in turn, on this thread; raises `StoreCancelled` when called off and
+        `DistStoreError`, which says `what` was not there, after the time-out."""
         deadline = time.monotonic() + timeout_s
+        longest_s = _LAST_POLL_S if meanwhile is None else _SERVING_POLL_S
         pause_s = _FIRST_POLL_S
-        while not self._store.check(keys):
+        while (found := look()) is None:
             if meanwhile is not None:
                 meanwhile()
-            longest_s = _LAST_POLL_S if meanwhile is None else _SERVING_POLL_S
             pause_s = min(pause_s * _POLL_GROWTH, longest_s)
             if self._cancelled.wait(pause_s):
-                raise StoreCancelled(f"waiting for {keys} was called off")
+                raise StoreCancelled(f"waiting for {what} was called off")
             if time.monotonic() > deadline:
                 raise dist.DistStoreError(
-                    f"{keys} did not appear in the store within {timeout_s:g} s"
+                    f"{what} did not appear in the store within {timeout_s:g} s"
                 )
+        return found
 
     def delete_key(self, key: str) -> bool:
         deleted: bool = self._store.delete_key(key)

@@ -31,7 +31,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from vllm_resident.errors import RankTimeout
 from vllm_resident.rank import ambient, hooks, mapping  # noqa: F401 (hooks: in force)
-from vllm_resident.rank.communicators import CommunicatorPool
+from vllm_resident.rank.communicators import CommunicatorPool, Offer
 from vllm_resident.rank.groups import Groups
 from vllm_resident.rank.holders import Holders
 from vllm_resident.rank.meeting import Meanwhile, Meeting
@@ -203,7 +203,7 @@ class World:
         `memory_used`, the device's. Until all have come, `meanwhile` is served.
 
         Raises `RankTimeout` naming the ranks that did not come, `StoreCancelled` when
-        aborted; either way nothing is left but, of the former, one key in the store.
+        aborted; either way nothing is left but, of the former, two keys in the store.
         The world is entered when this returns.
         """
         cancellable = CancellableStore(store, identity, timeout_s)
@@ -219,7 +219,7 @@ class World:
             world.enter()
             world._init_default_group(backend, timeout_s)
         except RankTimeout:
-            # Nothing was entered. The key in the store stays: the others, whose waits
+            # Nothing was entered. What is in the store stays: the others, whose waits
             # end now too, are about to look who is absent.
             world.closed = True
             raise
@@ -256,14 +256,15 @@ class World:
         deadline = time.monotonic() + timeout_s
         serve = None if meanwhile is None else meanwhile.serve
         groups = self._c10d.groups
-        keeps = self._meeting.exchange(
-            "meet", groups is not None, bool, deadline, serve
+        mine = None if groups is None else groups.offers()
+        offers = self._meeting.exchange(
+            "meet", mine, list[Offer] | None, deadline, serve
         )
         if meanwhile is not None:
             self._meeting.hold(meanwhile, deadline)
         # Else some rank would take what another cannot know of.
-        if groups is not None and all(keeps):
-            groups.agree(deadline)
+        if groups is not None and None not in offers:
+            groups.agree(offers, deadline)
 
     def settle(self) -> None:
         """Its groups are made; any that comes later is made anew."""
@@ -363,8 +364,8 @@ class World:
 
         Not collective: a rank may close alone, its peers' collectives then fail (with
         gloo, which cannot be shut down, once nothing holds the groups any more).
-        `orderly`: every rank closes now, none is in a collective: then groups may be
-        kept for a world to come. Otherwise they are aborted.
+        `orderly`: every rank has formed it and closes it now, none is in a collective:
+        then groups may be kept for a world to come. Otherwise they are aborted.
         """
         if self.closed:
             return
