@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
+from vllm.platforms import current_platform
 
 from tests.simulation import ascend as stand_in
 from tests.simulation import backend as simulation
@@ -49,6 +50,15 @@ CONFIG = VllmConfig()
 FORMED: list[float] = []
 log = logging.getLogger(__name__)
 
+# What accelerators' communicators come from: the CPU's own has shared memory besides,
+# which is no communicator of the device's and is made anew by each world.
+DEVICE_COMMUNICATOR = (
+    "vllm.distributed.device_communicators.base_device_communicator"
+    ".DeviceCommunicatorBase"
+)
+type(current_platform).get_device_communicator_cls = classmethod(
+    lambda _: DEVICE_COMMUNICATOR
+)
 simulation.install("simulated_nccl")
 simulation.install("hccl", creation_s=PLAN.get("creation_s", 0.0))
 
