@@ -210,7 +210,7 @@ class Callers:
         headers = {"content-type": "application/json"}
         async with self._session.post(self._url, data=data, headers=headers) as answer:
             message = (await answer.json())["error"]["message"]
-        if answer.status == 503 and status == 400:
+        if answer.status == 503 and answer.headers.get("retry-after"):
             self._seen.refusals[message] += 1
         elif answer.status != status or not message:
             self._seen.fail(f"{wrong!r:.80}: {answer.status}, not {status}")

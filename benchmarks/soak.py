@@ -28,6 +28,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks import machine
+from benchmarks.at_rest import ranks_at_rest
 from benchmarks.contenders import environment
 from benchmarks.mixed import MAX_TOKENS, PROMPTS, SAMPLING, Callers, Seen, trace
 from benchmarks.plain_answers import plain_answers
@@ -62,8 +63,6 @@ ENGINE_ARGS: dict[str, Any] = {
 }
 # For about five of the eight: some fall to level 2, some are unloaded and loaded again.
 HOST_MEMORY = "8MiB"
-# Between a round and the reading of the gauges, which come with heartbeats.
-REST_S = 3.0
 # Of resident memory from the first rest to the last: allocators' noise.
 MAX_GROWTH_BYTES = 48 * 2**20
 MAX_GROWTH_SHARE = 0.03
@@ -128,10 +127,8 @@ def pool_file(folder: Path) -> Path:
 def rest(client: Client, gateway: psutil.Process) -> Rest:
     """Empty the pool and read what all that is left holds."""
     client.apply([], drain_s=30.0)
-    time.sleep(REST_S)
-    status = client.status()
-    ranks = sorted(status.ranks, key=lambda rank: rank.rank)
-    controller = psutil.Process(status.controller_pid)
+    ranks = sorted(ranks_at_rest(client), key=lambda rank: rank.rank)
+    controller = psutil.Process(client.status().controller_pid)
     return Rest(
         [rank.memory_used_bytes for rank in ranks],
         [rank.num_file_descriptors for rank in ranks],

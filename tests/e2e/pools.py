@@ -20,7 +20,6 @@ import psutil
 from examples.checkpoints import REPO_ROOT
 from vllm_resident import Client, PoolStatus
 from vllm_resident.launch import launch
-from vllm_resident.messages import RankStatus
 
 ENGINE_ARGS: dict[str, Any] = {
     "enforce_eager": True,
@@ -62,12 +61,6 @@ def running_pool(
 
 def pids(client: Client) -> list[int]:
     return [rank.pid for rank in client.status().ranks]
-
-
-def ranks_at_rest(client: Client) -> list[RankStatus]:
-    """The ranks' gauges, each read after everything that was asked has been done."""
-    time.sleep(2.5)
-    return client.status().ranks
 
 
 def wait_until(

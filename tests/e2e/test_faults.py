@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.at_rest import ranks_at_rest
 from tests.e2e.conftest import (
     LOAD_PHASES,
     SLEEP_PHASES,
     WAKE_PHASES,
     failing_engine,
 )
-from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING, ranks_at_rest
+from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING
 from vllm_resident import Client, EngineSpec, RankFailure
 from vllm_resident.messages import RankStatus
 

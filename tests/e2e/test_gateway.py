@@ -21,10 +21,10 @@ import httpx
 import openai
 import pytest
 
+from benchmarks.at_rest import ranks_at_rest
 from tests.e2e.pools import (
     ENGINE_ARGS,
     SAMPLING,
-    ranks_at_rest,
     running_pool,
     wait_until,
 )
@@ -324,7 +324,7 @@ def test_falling_asleep_ends_a_stream(
 def test_draining_lets_a_stream_finish_and_later_ones_wait(
     gateway: HttpGateway, models: Client, chat: str
 ) -> None:
-    stream = gateway.stream(chat, max_tokens=60)
+    stream = gateway.stream(chat, max_tokens=230)
     pieces = [next(stream)]
     sleeping = threading.Thread(target=models.sleep, args=(chat,))
     sleeping.start()
@@ -334,14 +334,18 @@ def test_draining_lets_a_stream_finish_and_later_ones_wait(
         5,
         "the draining",
     )
-    time.sleep(0.2)  # the gateway has heard it, too: before, it would be served here
-    late = threading.Thread(target=gateway.complete, args=(chat,))
-    late.start()
+    # Until the gateway has heard it, too, calls are served by the engine that drains.
+    late = []
+    while not models.status().waiting.get(chat) and len(late) < 20:
+        late.append(threading.Thread(target=gateway.complete, args=(chat,)))
+        late[-1].start()
+        time.sleep(0.1)
     pieces += list(stream)
     assert pieces[-1].choices[0].finish_reason == "length"
     sleeping.join(60)
-    late.join(60)  # the gateway has woken it again
-    assert not late.is_alive()
+    for each in late:  # the gateway has woken it again
+        each.join(60)
+        assert not each.is_alive()
     assert phases(models)[chat] == "ready"
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.at_rest import ranks_at_rest
 from tests.e2e.pools import (
     ARCHITECTURES,
     ENGINE_ARGS,
     PROMPTS,
     SAMPLING,
-    ranks_at_rest,
 )
 from vllm_resident import Client, EngineSpec
 from vllm_resident.messages import RankStatus

@@ -34,7 +34,7 @@ HTTP = "127.0.0.1:8077"
 START_S = 120.0
 CALL_S = 120.0
 # A machine is given up after 4 seconds of silence.
-LOST_S = 15.0
+LOST_S = 60.0
 
 
 def _may_make_machines() -> bool:
@@ -145,7 +145,11 @@ class Machines:
     def _start(self) -> None:
         key = {keys.KEY_FILE_VARIABLE: str(self.key_file)}
         self.both[0].start(
-            "controller", "-m", "vllm_resident.controller", "--bind", CONTROLLER, **key
+            "controller",
+            *("-m", "vllm_resident.controller", "--bind", CONTROLLER),
+            # A load may hold the interpreter for longer than a second or four.
+            *("--heartbeat-timeout", "15"),
+            **key,
         )
         for machine in self.both:
             place = ("--nnodes", "2", "--node-rank", str(machine.number), *MASTER)

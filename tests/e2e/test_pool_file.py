@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.pools import ranks_at_rest
+from benchmarks.at_rest import ranks_at_rest
 from tests.e2e.shell import Shell, make_models, shell
 from vllm_resident import Client
 

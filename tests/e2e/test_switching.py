@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.at_rest import ranks_at_rest
 from tests.e2e.pools import (
     ARCHITECTURES,
     ENGINE_ARGS,
     PROMPTS,
     SAMPLING,
     pids,
-    ranks_at_rest,
     running_pool,
 )
 from vllm_resident import Client, CommandRejected, EngineSpec

@@ -7,6 +7,7 @@ accessibility tree, screenshots. Every wait has a deadline.
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import shutil
@@ -47,6 +48,10 @@ OPTIONS = [
 KEYS = {"Tab": 9, "Enter": 13, " ": 32}
 
 
+class BrowserError(AssertionError):
+    """The browser could not do it, as while a page is being replaced."""
+
+
 class Page:
     """One tab. `violations` are what its console and its policy complained of."""
 
@@ -66,7 +71,8 @@ class Page:
             text = self._connection.recv(max(0.0, deadline - time.monotonic()))
             message = json.loads(text)
             if message.get("id") == number:
-                assert "error" not in message, (method, message["error"])
+                if "error" in message:
+                    raise BrowserError(f"{method}: {message['error']}")
                 return message["result"]
             self._note(message)
 
@@ -115,8 +121,9 @@ class Page:
         """Wait until the expression is true of the page; returns its value."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if value := self.evaluate(expression):
-                return value
+            with contextlib.suppress(BrowserError):
+                if value := self.evaluate(expression):
+                    return value
             time.sleep(0.03)
         raise AssertionError(f"not within {timeout_s} s: {expression}\n{self.text()}")
 

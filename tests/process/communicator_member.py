@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from vllm_resident.rank.prepare import prepare_process
@@ -35,15 +36,18 @@ from vllm.platforms import current_platform
 from tests.simulation import ascend as stand_in
 from tests.simulation import backend as simulation
 from vllm_resident import shm
-from vllm_resident.rank import holders, ledger
+from vllm_resident.rank import groups, holders, ledger
 from vllm_resident.rank.communicators import Budget, CommunicatorPool
 from vllm_resident.rank.groups import destroy
+from vllm_resident.rank.process_groups import set_timeout
 from vllm_resident.rank.world import World, connect_store
 
 OWNER = shm.owner_token(os.getppid())
 STORE = connect_store(60.0)
 BACKEND = "hccl"
 ALL = list(range(SIZE))
+# How long a broken one is waited for: more than a machine pauses, less than a test.
+groups.CHECK_TIMEOUT_S = 4.0
 POOL = CommunicatorPool(Budget(PLAN.get("num", 1000)), destroy)
 CONFIG = VllmConfig()
 # When each world was formed, vLLM's own groups not yet in it.
@@ -204,14 +208,17 @@ def floor() -> None:
 def without_pool() -> None:
     """The same world twice with nothing kept."""
     meet("without_pool")
-    rows = []
+    rows, made = [], []
     for number in range(2):
         meet(f"without_pool/{number}")
+        before = simulation.num_made()
         since = time.perf_counter()
         world = form(f"without-{number}", ALL, communicators=None)
         rows.append(time.perf_counter() - since)
+        made.append(simulation.num_made() - before)
+        meet(f"without_pool/{number}/formed")
         world.close(orderly=True)
-    say("without_pool", rows=rows)
+    say("without_pool", rows=rows, made=made)
 
 
 def interleaved() -> None:
@@ -314,23 +321,31 @@ def _communicators_of_some_bytes(turn: str) -> tuple[float, bool]:
     return told, 0 < POOL.num_bytes <= limit
 
 
-def _failing(name: str, members: list[int], abort_after_s: float | None) -> None:
+def _abort_after(world: World, point: str) -> None:
+    while not STORE.check([point]):
+        time.sleep(0.02)
+    world.abort()
+
+
+def _failing(name: str, members: list[int], *, is_aborted: bool) -> None:
     """Every member goes on with collectives until one of them fails for it."""
     kept = POOL.num
-    world = form(name, members, timeout_s=PLAN["timeout_s"])
+    world = form(name, members)
     names = [each.name for each in world._c10d.groups._mine.values()]
     sums(world)
-    if abort_after_s is not None:
-        threading.Timer(abort_after_s, world.abort).start()
     meet(f"{name}/ready", members)
+    set_timeout(dist.group.WORLD, timedelta(seconds=PLAN["timeout_s"]))
+    point = f"{name}/fault"
     if PLAN["victim"] == RANK:
         simulation.settings.fault = PLAN["fault"]
         simulation.settings.at = simulation._num_collectives + 3
+        simulation.settings.on_fault = lambda: STORE.set(point, b"1")
+    if is_aborted:
+        threading.Thread(target=_abort_after, args=(world, point), daemon=True).start()
     since = time.perf_counter()
     error = ""
     try:
         while time.perf_counter() < since + 60:
-            # Over the world's own group, whose time-out `form` was given.
             dist.all_reduce(torch.ones(8))
     except RuntimeError as failure:
         error = str(failure)
@@ -355,14 +370,14 @@ def _failing(name: str, members: list[int], abort_after_s: float | None) -> None
 def hangs_until_abort() -> None:
     """One member hangs in a collective; every rank's world is aborted from outside."""
     PLAN.update(victim=SIZE - 1, fault="hang", timeout_s=60.0)
-    _failing("hangs_until_abort", ALL, abort_after_s=0.5)
+    _failing("hangs_until_abort", ALL, is_aborted=True)
     _next_world("hangs_until_abort", ALL)
 
 
 def hangs_until_time_out() -> None:
     """One member hangs; nobody aborts: the group's own time-out ends it."""
     PLAN.update(victim=SIZE - 1, fault="hang", timeout_s=2.0)
-    _failing("hangs_until_time_out", ALL, abort_after_s=None)
+    _failing("hangs_until_time_out", ALL, is_aborted=False)
     _next_world("hangs_until_time_out", ALL)
 
 
@@ -372,7 +387,7 @@ def dies() -> None:
     global BACKEND
     BACKEND = "simulated_nccl"
     PLAN.update(victim=SIZE - 1, fault="die", timeout_s=60.0)
-    _failing("dies", ALL, abort_after_s=0.5)
+    _failing("dies", ALL, is_aborted=True)
     _next_world("dies", ALL[:-1])
 
 
@@ -412,7 +427,7 @@ def broken_while_kept() -> None:
         victims = [e for e in victims if e.key.backend == BACKEND]
         victims[0].handle._aborted.set()
     made = POOL.counts.made
-    world = form("broken-1", ALL, timeout_s=3.0)
+    world = form("broken-1", ALL)
     right = are_right(sums(world), ALL)
     made = POOL.counts.made - made
     world.close(orderly=True)
@@ -436,7 +451,7 @@ def of_another_layout() -> None:
         if turn == "broken" and RANK == 1:
             _break_one(mine)
         meet(f"of_another_layout/{turn}")
-        world = form(f"whole-{turn}", ALL, timeout_s=3.0, settle=False)
+        world = form(f"whole-{turn}", ALL, settle=False)
         before = replace(POOL.counts)
         parts = [dist.new_group(half, backend=BACKEND) for half in halves]
         made.append(POOL.counts.made - before.made)

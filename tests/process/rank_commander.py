@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +73,7 @@ class Ranks:
         self._decoder: Decoder[RankMessage] = Decoder(RankMessage)
         self._answers: list[FromRank] = []
         self.gauges: dict[int, RankGauges] = {}
+        self._num_heartbeats: Counter[int] = Counter()
         # Held by whoever uses the socket.
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -181,14 +183,20 @@ class Ranks:
         message = self._decoder.decode(frames)
         if isinstance(message, Heartbeat):
             self.gauges[message.rank] = message.gauges
+            self._num_heartbeats[message.rank] += 1
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send_multipart([identity, *encode(HeartbeatAck())])
         elif not isinstance(message, PhaseStarted):
             self._answers.append(message)
 
     def settled_gauges(self) -> dict[int, RankGauges]:
-        """Gauges of heartbeats that come after all that was asked has been done."""
-        time.sleep(2.5)
+        """Gauges that each rank has read after all that was asked has been done."""
+        before = self._num_heartbeats.copy()
+        deadline = time.monotonic() + ANSWER_S
+        # The first may have been on its way already.
+        while any(self._num_heartbeats[r] < before[r] + 2 for r in self.gauges):
+            assert time.monotonic() < deadline, "no heartbeats"
+            time.sleep(0.05)
         return dict(self.gauges)
 
     # ----------------------------------------------------------------- engines

@@ -309,6 +309,25 @@ def test_a_controller_that_falls_silent_is_unreachable(
         client.load("e", "m")
 
 
+async def test_a_client_that_stood_still_itself_listens_first(
+    serve: Serve, endpoint: str
+) -> None:
+    # As where the machine was paused: the answer comes when both go on.
+    goes_on = threading.Event()
+
+    def answer(message: Any) -> list[Answer]:
+        assert goes_on.wait(20)
+        return [StatusReported(call=message.call, status=STATUS)]
+
+    controller = serve(answer)
+    async with AsyncClient(endpoint, connect_timeout_s=2.0) as client:
+        asking = asyncio.create_task(client.status())
+        await asyncio.to_thread(controller.wait_for, GetStatus)
+        time.sleep(2.5)  # noqa: ASYNC251 (this loop stands still)
+        goes_on.set()
+        assert await asking == STATUS
+
+
 def test_a_call_that_outlives_its_own_deadline_ends(
     serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,7 +163,10 @@ def test_every_transition_is_a_line_of_the_log_and_a_slice_of_the_trace(
     file: Path,
 ) -> None:
     client, _ = pool.up(2, "--config", str(file))
-    wait_until("started", lambda: client.phases().get("second") == "asleep")
+    wait_until(
+        "started",
+        lambda: client.phases() == {"first": "ready", "second": "asleep"},
+    )
     assert is_done(
         client.done(SleepEngine, name="first", level=1, timeout_s=20.0, drain_s=0.0)
     )

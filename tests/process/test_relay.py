@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,18 @@ def test_nothing_is_left_of_a_relay(tmp_path: Path, key: PoolKey) -> None:
     before = held()
     for _ in range(5):
         Relay(f"ipc://{tmp_path}/i", f"ipc://{tmp_path}/o", "127.0.0.1", key).close()
-    assert held() == before
+    # A thread that was joined may be in the kernel's list for a moment.
+    deadline = time.monotonic() + 20
+    while any(now > then for now, then in zip(held(), before, strict=True)):
+        assert time.monotonic() < deadline, (held(), before)
+        time.sleep(0.02)
 
 
 def test_an_address_that_is_not_this_machines_leaves_nothing(key: PoolKey) -> None:
     before = len(os.listdir("/proc/self/task"))
     with pytest.raises(zmq.ZMQError):
         Relay("ipc:///none", "ipc:///none", "192.0.2.1", key)
-    assert len(os.listdir("/proc/self/task")) == before
+    deadline = time.monotonic() + 20
+    while len(os.listdir("/proc/self/task")) > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

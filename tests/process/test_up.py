@@ -200,7 +200,7 @@ def test_ctrl_c_on_the_way_up_leaves_nothing_behind(shell: Shell) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
-    assert not shell.pool_processes()
+    wait_until(lambda: not shell.pool_processes())
 
 
 def test_a_layout_that_cannot_be_applied_leaves_nothing_behind(

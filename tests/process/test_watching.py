@@ -93,7 +93,10 @@ def test_what_was_counted_outlives_engines_and_ranks(pool: PoolFixture) -> None:
     with Client(pool.endpoint) as client:
         client.load("a", "/m/a", ranks=[0])
         client.generate("a", "hello", max_tokens=5)
-        wait_until("steps are told", lambda: client.totals().steps)
+        wait_until(
+            "all steps are told",
+            lambda: [each.num_steps for each in client.totals().steps] == [5],
+        )
         ranks[1].kill()
         wait_until("it is lost", lambda: client.totals().ranks)
         client.unload("a")

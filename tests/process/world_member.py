@@ -69,7 +69,8 @@ def form(identity: str, members: list[int], timeout_s: float = 20.0, **how: Any)
 
 
 def meet(point: str) -> None:
-    """Wait for all processes, outside every world."""
+    """Wait for all processes, outside every world; where nothing was asked of a world
+    since it was formed, before it is closed: another may be forming it still."""
     if STORE.add(f"meet/{point}", 1) == SIZE:
         STORE.set(f"meet/{point}/all", b"1")
     STORE.wait([f"meet/{point}/all"])
@@ -140,6 +141,7 @@ def outside() -> dict[str, Any]:
         inside = {n: os.environ.get(n) for n in place}
         torch.manual_seed(RANK)
     drawn = random.random(), torch.rand(1).item()
+    meet("outside/formed")
     world.close()
     return {
         "hook": sys.excepthook is hook,
@@ -170,7 +172,9 @@ def twenty() -> dict[str, Any]:
 
     taken: list[list[int]] = []
     for number in range(2):
-        form(f"warm-up-{number}-{members[0]}", members).close()
+        world = form(f"warm-up-{number}-{members[0]}", members)
+        meet(f"twenty/warm-up/{number}")
+        world.close()
     before = gauges()
     right = True
     for number in range(20):

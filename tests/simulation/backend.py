@@ -41,12 +41,14 @@ log = logging.getLogger("tests.simulation")
 @dataclass
 class Settings:
     """What a communicator costs, and what is to go wrong: `fault` ("die" or "hang")
-    happens inside the collective number `at`, counted from 1, of this process."""
+    happens inside the collective number `at`, counted from 1, of this process; just
+    before, `on_fault` is called."""
 
     creation_s: float = 0.33
     num_bytes: int = 0
     fault: str = ""
     at: int = 0
+    on_fault: Callable[[], None] = lambda: None
 
 
 class Aborted(RuntimeError):
@@ -347,6 +349,7 @@ class SimulatedGroup(dist.ProcessGroup):
         _num_collectives += 1
         if settings.at != _num_collectives:
             return
+        settings.on_fault()
         if settings.fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if settings.fault == "hang":

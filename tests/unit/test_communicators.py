@@ -7,7 +7,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from vllm_resident.rank.communicators import (
     Agreement,
@@ -153,6 +153,7 @@ def test_members_that_do_not_say_alike_whom_it_served_leave_it_open() -> None:
     assert agree({0: [mine], 1: [theirs]}).offers == (theirs,)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 2), st.sets(NAMES), min_size=3))
 def test_agreement_is_what_all_members_have(has: dict[int, set[str]]) -> None:
     offers = {

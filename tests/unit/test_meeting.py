@@ -51,8 +51,8 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def exchange(side: Meeting, mine: str, seconds: float = PATIENCE_S) -> list[str]:
-    return side.exchange("point", mine, str, time.monotonic() + seconds)
+def exchange(side: Meeting, mine: str) -> list[str]:
+    return side.exchange("point", mine, str, time.monotonic() + PATIENCE_S)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -73,12 +73,18 @@ def test_everyone_hears_what_each_said(
 def test_who_does_not_come_is_named(
     server: dist.TCPStore, threads: ThreadPoolExecutor
 ) -> None:
+    def wait(side: Meeting) -> None:
+        def time_is_up_when_two_are_there() -> None:
+            if side.store.peek("point/count") == b"2":
+                raise dist.DistStoreError
+
+        deadline = time.monotonic() + PATIENCE_S
+        side.exchange("point", "", str, deadline, time_is_up_when_two_are_there)
+
     first, _, third, _ = Ranks(server, 4).sides
-    heard = threads.submit(exchange, first, "here", SHORT_S)
-    with pytest.raises(RankTimeout, match=r"ranks \[1, 3\] of world 7 did not come"):
-        exchange(third, "here", 2 * SHORT_S)
-    with pytest.raises(RankTimeout, match=r"ranks \[1, 3\]"):
-        heard.result(PATIENCE_S)
+    for waiting in [threads.submit(wait, side) for side in (first, third)]:
+        with pytest.raises(RankTimeout, match=r"ranks \[1, 3\] of world 7 did not"):
+            waiting.result(PATIENCE_S)
 
 
 def test_others_are_served_until_all_have_come(

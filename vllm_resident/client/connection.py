@@ -52,6 +52,8 @@ from vllm_resident.messages import (
 ENDPOINT_VARIABLE = "VLLM_RESIDENT_CONTROLLER"
 # A controller reports progress about once a second while it works on a call.
 SILENCE_TIMEOUT_S = 15.0
+# At most so much of a silence is counted at a time.
+MAX_STEP_S = 1.0
 # What a command may take beyond its own deadline, which the controller keeps: undoing
 # on every rank what was begun.
 UNWIND_TIMEOUT_S = 120.0
@@ -195,18 +197,24 @@ class Connection:
     ) -> AsyncGenerator[ToClientMessage]:
         # A time-out that is none is for the controller to reject.
         end = time.monotonic() + max(0.0, timeout_s) + UNWIND_TIMEOUT_S
-        silence_s = self.connect_timeout_s
+        silence_s, silent_s = self.connect_timeout_s, 0.0
         while True:
             left_s = end - time.monotonic()
+            # In steps that count for no more than they were to take: whoever stood
+            # still has not listened, and what came meanwhile is about to be read.
+            step_s = min(silence_s - silent_s, left_s, MAX_STEP_S)
             try:
-                async with asyncio.timeout(min(silence_s, left_s)):
+                async with asyncio.timeout(step_s):
                     reply = await queue.get()
             except TimeoutError:
-                if left_s < silence_s:
+                silent_s += step_s
+                if left_s <= step_s:
                     raise self._overdue(timeout_s) from None
-                raise self._silent(silence_s) from None
+                if silent_s >= silence_s:
+                    raise self._silent(silence_s) from None
+                continue
             yield reply
-            silence_s = SILENCE_TIMEOUT_S
+            silence_s, silent_s = SILENCE_TIMEOUT_S, 0.0
 
     def _silent(self, silence_s: float) -> PoolUnreachable:
         return PoolUnreachable(
