@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -127,6 +128,15 @@ def test_unloading_ends_streams_properly(engine: str, pool: Client) -> None:
     assert pieces[-1].finish_reason == "abort"
     with pytest.raises(CommandRejected, match="m"):
         pool.generate(engine, "hello", SAMPLING)
+
+
+def test_the_controller_is_not_kept_on_the_core_of_the_rank_that_started_it(
+    pool: Client,
+) -> None:
+    (first, second) = (rank.pid for rank in pool.status().ranks)
+    controller = os.sched_getaffinity(pool.status().controller_pid)
+    assert controller == os.sched_getaffinity(0)
+    assert controller >= os.sched_getaffinity(first) | os.sched_getaffinity(second)
 
 
 def test_one_engine_serves_while_another_loads(

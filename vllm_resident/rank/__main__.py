@@ -22,7 +22,7 @@ from vllm_resident.config import read_pool
 from vllm_resident.errors import ResidentError
 from vllm_resident.keys import PoolKey
 from vllm_resident.rank import supervisor
-from vllm_resident.rank.device import Device
+from vllm_resident.rank.device import Device, roaming
 from vllm_resident.rank.prepare import prepare_process
 from vllm_resident.rank.rpc import SocketFolder
 
@@ -178,7 +178,10 @@ def _pool_owner(directory: Path) -> int | None:
 def _spawn_controller(
     pool: str, launcher: int, directory: Path, config: str | None
 ) -> subprocess.Popen[bytes]:
-    with open(directory / "logs" / "controller.log", "a", encoding="utf-8") as output:
+    with (
+        open(directory / "logs" / "controller.log", "a", encoding="utf-8") as output,
+        roaming(),
+    ):
         return subprocess.Popen(
             [
                 sys.executable,

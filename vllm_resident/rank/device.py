@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,17 @@ def roam() -> None:
     computation that waits for their message.
     """
     os.sched_setaffinity(0, _ALLOWED_CORES)
+
+
+@contextmanager
+def roaming() -> Iterator[None]:
+    """The same for a while, for processes that are started meanwhile."""
+    cores = os.sched_getaffinity(0)
+    roam()
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def messaging_context() -> zmq.Context[Any]:

@@ -25,8 +25,10 @@ def unlink_shared(token: str) -> None:
     Once every rank has mapped a segment its name serves nobody, and without a name a
     killed pool leaves nothing behind.
     """
-    for path in _SHM.glob(f"*{token}*"):
-        path.unlink(missing_ok=True)
+    # Not `glob`: it keeps what it compiled of the last patterns, and these never recur.
+    for name in os.listdir(_SHM):
+        if token in name:
+            (_SHM / name).unlink(missing_ok=True)
 
 
 def release_shared(token: str) -> int:
