@@ -409,6 +409,8 @@ def test_rank_lost_at_each_command_comes_back_to_the_layout(name):
         assert not harness.state.switches
         if isinstance(end, CallFailed):
             assert phases(harness) == before, (nth, end.error)
+        else:
+            assert "go_back" not in end.report.path, nth
 
 
 def _kill_at(harness: Harness, nth: int) -> None:
@@ -429,6 +431,48 @@ def _kill_at(harness: Harness, nth: int) -> None:
                 continue
         pending.extend(harness.rank(reply))
     harness.effects = seen
+
+
+def _lose_while_another_builds(harness: Harness) -> None:
+    harness.apply(spec("a", [0]), spec("b", [1]))
+    for rank, message in harness.to_ranks(PrepareEngine):
+        harness.rank(answer(rank, message))
+    harness.rank(answer(0, BuildEngine(generation=1, timeout_s=1)))
+    harness.kill(0)
+
+
+def _lose_while_it_falls_asleep(harness: Harness) -> None:
+    harness.load(EngineSpec("a", "/models/a", [0], {}, asleep=True))
+    for kind in (PrepareEngine, BuildEngine):
+        harness.rank(answer(0, harness.to_ranks(kind)[0][1]))
+    harness.kill(0)
+
+
+def _lose_what_is_staged(harness: Harness) -> None:
+    harness.load_ready(spec("old", [1]))
+    harness.generate("old")
+    harness.switch("old", spec("a", [0]), strategy="stage", drain_s=10)
+    for kind in (PrepareEngine, BuildEngine, SuspendEngine):
+        harness.rank(answer(0, harness.to_ranks(kind)[0][1]))
+    assert harness.row("old").phase == "draining"
+    harness.kill(0)
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [_lose_while_another_builds, _lose_while_it_falls_asleep, _lose_what_is_staged],
+)
+def test_switch_undone_for_a_lost_rank_says_so(lose):
+    """What it brought is gone again with its error; the switch is not done for that."""
+    harness = Harness(2)
+    lose(harness)
+    effects = harness.answer_all()
+    (end,) = harness.to_clients((SwitchDone, CallFailed))
+    assert isinstance(end, CallFailed)
+    assert (end.error.kind, end.error.rank) == ("RankLost", 0)
+    (record,) = [e for e in effects if isinstance(e, RecordTransition)]
+    assert "rank 0" in record.report.error
+    assert not harness.state.switches
 
 
 def test_level_its_ranks_refuse_changes_nothing():

@@ -135,7 +135,6 @@ def close(state: PoolState, engine: Engine, deadline: float, now: float) -> None
     """Unload a ready engine; of a lost one, wait for its survivors to drop it."""
     engine.close_began = now
     if engine.phase is EnginePhase.LOST:
-        engine.error = None  # what it was lost for is over
         is_held = bool(engine.waiting)
         after = EnginePhase.UNWINDING if is_held else EnginePhase.CLOSED
         move_engine(state, engine, after, now)

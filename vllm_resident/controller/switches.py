@@ -269,11 +269,12 @@ def _committed(state: PoolState, switch: Switch, now: float) -> bool:
     """Give back what went for good; an error here is told, nothing is undone."""
     going = [m for m in switch.moves if m.after is None]
     for move in going:
-        if move.engine.phase in ENGINE_BUILT - ENGINE_MOVING or (
-            move.engine.phase is _P.LOST
-        ):
-            _note_path(switch, "unload")
-            engines.close(state, move.engine, switch.deadline, now)
+        if move.engine.phase is _P.LOST:
+            move.engine.error = None  # what it was lost for is over
+        elif move.engine.phase not in ENGINE_BUILT - ENGINE_MOVING:
+            continue
+        _note_path(switch, "unload")
+        engines.close(state, move.engine, switch.deadline, now)
     for move in switch.moves:
         if move.engine.close_began is not None and move.engine.error:
             switch.failed = switch.failed or move.engine
