@@ -46,7 +46,7 @@ def on_rank_lost(
     elif engine.phase is EnginePhase.CLOSING:
         # What is asked for is that it goes; the others must not wait for the dead.
         engines.unwind(state, engine, None, now)
-    elif engine.phase is EnginePhase.UNWINDING and not evicted and _echoes(engine):
+    elif engine.phase is EnginePhase.UNWINDING and not evicted and may_echo(engine):
         # What failed the engine was the loss: only its echo came first.
         engine.error = error
         if _is_restorable(engine):
@@ -64,7 +64,8 @@ def _is_restorable(engine: Engine) -> bool:
     return 0 < engine.num_restores < MAX_RESTORES
 
 
-def _echoes(engine: Engine) -> bool:
+def may_echo(engine: Engine) -> bool:
+    """Whether its error may turn out to be what a lost rank's peers say of the loss."""
     return engine.error is not None and engine.error.kind not in engines.CONCLUSIVE
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from vllm_resident.controller import engines, memory, reports, requests, tally
+from vllm_resident.controller import engines, losses, memory, reports, requests, tally
 from vllm_resident.controller.effects import RecordTransition
 from vllm_resident.controller.state import (
     ENGINE_BUILT,
@@ -136,14 +136,22 @@ def _note_failure(switch: Switch) -> bool:
     has_failed = switch.refusal is not None
     for move in switch.moves:
         engine = move.engine
-        # What is to go may also go by losing its rank.
-        is_going = move.before is not None and move.after is None
-        if engine.error is None or (is_going and engine.phase is _P.LOST):
+        if engine.error is None or _goes_by_loss(move):
             continue
         switch.failed = switch.failed or engine
         # Of one that was told to go the error is told, but nothing is undone.
         has_failed |= engine.close_began is None
     return has_failed
+
+
+def _goes_by_loss(move: Move) -> bool:
+    """What is to go may also go by losing its rank; while it is given up, that may
+    still turn out to be so."""
+    engine = move.engine
+    if move.before is None or move.after is not None:
+        return False
+    may_be_lost = engine.phase is _P.UNWINDING and losses.may_echo(engine)
+    return may_be_lost or engine.phase is _P.LOST
 
 
 def _prepared(state: PoolState, switch: Switch, _now: float) -> bool:
