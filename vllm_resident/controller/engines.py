@@ -300,8 +300,6 @@ def on_built(
     if not engine.waiting:
         engine.ready_at = engine.last_used = now
         engine.deadline = None
-        engine.num_restores = 0
-        engine.keeps_failure = False
         move_engine(state, engine, EnginePhase.READY, now)
         state.failed.pop(engine.name, None)
     return True
@@ -396,10 +394,10 @@ def _on_refused(
 
 
 def is_new(state: PoolState, engine: Engine) -> bool:
-    """Whether a running switch brings it: its caller is told of the failure."""
+    """Whether a command brings it: its caller is told of the failure."""
     switch = state.switch_of(engine)
     move = switch.moves_to(engine) if switch else None
-    return move is not None and move.before is None
+    return move is not None and move.before is None and not engine.num_restores
 
 
 def _complete(engine: Engine, message: EngineFailed) -> ErrorInfo:

@@ -36,9 +36,7 @@ def on_rank_lost(
     """A rank of the engine is gone. An engine that served is kept as LOST."""
     engine.waiting.discard(rank.rank)
     error = _loss(engine, rank, what)
-    if engine.phase in ENGINE_BUILT:
-        _lose(state, engine, error, now)
-    elif engine.phase in engines.LOADING:
+    if engine.phase in ENGINE_BUILT or engine.phase in engines.LOADING:
         if _is_restorable(engine):
             _lose(state, engine, error, now)
         else:
@@ -58,10 +56,10 @@ def on_rank_lost(
 
 
 def _is_restorable(engine: Engine) -> bool:
-    """It served, or is being restored and has not failed at that too often."""
-    if engine.ready_at is not None:
-        return engine.close_began is None
-    return 0 < engine.num_restores < MAX_RESTORES
+    """It was there whole, and is not being restored for the last time."""
+    if engine.num_restores:
+        return engine.num_restores < MAX_RESTORES
+    return engine.ready_at is not None and engine.close_began is None
 
 
 def may_echo(engine: Engine) -> bool:

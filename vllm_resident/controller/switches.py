@@ -408,6 +408,10 @@ def _finish(state: PoolState, switch: Switch, now: float) -> None:
     for move in switch.moves:
         if not switch.is_undone and move.after is not None:
             move.engine.home_level = move.after
+        if move.engine.phase in (_P.READY, _P.ASLEEP):
+            # It is where it was to be: no restore, and not built anew, any more.
+            move.engine.num_restores = 0
+            move.engine.keeps_failure = False
         if move.engine.phase is not _P.READY:
             requests.refuse_held(state, move.engine)
     switch.reports.extend(reports.of_moves(switch, now))
