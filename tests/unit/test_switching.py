@@ -566,6 +566,25 @@ def test_layout_with_sleepers():
     assert harness.engine("a").generation == 1
 
 
+@pytest.mark.parametrize("was_pinned", [True, False])
+@pytest.mark.parametrize("is_done", [True, False])
+def test_layout_pins_when_it_is_there(was_pinned, is_done):
+    """Until then what was pinned stays so, and what is to be is not moved any more."""
+    harness = Harness(2)
+    harness.load_ready(EngineSpec("a", "/models/a", [0], {}, pinned=was_pinned))
+    kept = EngineSpec("a", "/models/a", [0], {}, pinned=not was_pinned)
+    harness.apply(kept, spec("b", [1]))
+    assert harness.row("a").pinned
+    if is_done:
+        harness.answer_all()
+        assert harness.to_clients(SwitchDone)
+    else:
+        harness.rank(failed(1, 2, "CommandRejected"))
+        harness.answer_all()
+        assert harness.error().kind == "CommandRejected"
+    assert harness.row("a").pinned is (was_pinned is not is_done)
+
+
 def test_lost_sleeper_comes_back_asleep():
     harness = Harness(2)
     asleep(harness, spec("a", [0, 1]))

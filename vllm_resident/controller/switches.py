@@ -29,6 +29,7 @@ from vllm_resident.controller.state import (
     SwitchStage,
     move_switch,
     note_progress,
+    pin,
     report_progress,
 )
 from vllm_resident.errors import CommandRejected, ErrorInfo
@@ -414,6 +415,9 @@ def _finish(state: PoolState, switch: Switch, now: float) -> None:
             move.engine.keeps_failure = False
         if move.engine.phase is not _P.READY:
             requests.refuse_held(state, move.engine)
+    for name, (before, after) in switch.pins.items():
+        if engine := state.engine_named(name):
+            pin(engine, before if switch.is_undone else after)
     switch.reports.extend(reports.of_moves(switch, now))
     report = reports.switch_report(switch, now)
     state.effects.append(RecordTransition(report, switch.cause, switch.started))
