@@ -199,6 +199,30 @@ def test_rank_that_does_not_belong_is_told_to_exit(changes, says):
     assert harness.state == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_taken_in"),
+    [
+        ({"launcher_pid": 77}, False),
+        ({"launcher_pid": 70}, True),
+        ({"launcher_pid": 77, "host_id": "boot:2"}, True),
+    ],
+)
+def test_rank_of_an_earlier_launch_is_sent_away_in_order(changes, is_taken_in):
+    """It was starting when its pool was shut down, and another came up by that name."""
+    harness = Harness(2, num_ready=0)
+    harness.state.owner_pid, harness.state.now = 70, harness.now
+    before = harness.snapshot()
+    harness.rank(hello(1, 2, **changes))
+    exits = harness.to_ranks(ExitRank)
+    if is_taken_in:
+        assert not exits
+        return
+    ((_, exit_rank),) = exits
+    assert not exit_rank.failed
+    assert "process 77" in exit_rank.reason
+    assert harness.state == before
+
+
 def test_heartbeats_are_acknowledged_and_update_gauges():
     harness = Harness(1)
     harness.tick(0)
@@ -1240,7 +1264,9 @@ def test_shutdown_waits_for_the_ranks():
     harness.load(spec("c"))
     assert "stopping" in harness.error().message
     harness.rank(hello(0, 2, pid=5, incarnation=1))
-    assert harness.to_ranks(ExitRank)
+    # Ended in order: its launcher is not to start it anew.
+    ((_, exit_rank),) = harness.to_ranks(ExitRank)
+    assert not exit_rank.failed
     harness.kill(0)
     assert not any(isinstance(e, StopController) for e in harness.effects)
     harness.kill(1)

@@ -393,6 +393,8 @@ class PoolState:
     controller_pid: int
     started: float
     heartbeat_timeout_s: float
+    # The launcher whose pool it is: the controller ends with it.
+    owner_pid: int | None = None
     # Whether peers on other machines may be told to listen to each other.
     has_key: bool = False
     world_size: int = 0  # 0: no rank has said Hello yet
