@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -75,6 +76,21 @@ def test_a_pool_from_start_to_end(user: Shell, models: dict[str, str]) -> None:
     assert [name for name in left if not name.startswith("torchinductor_")] == []
     assert segments_of(up["torchrun_pid"]) == []
     assert user.run("vllm-resident", "status").returncode == 3
+
+
+def test_a_pool_shut_down_while_a_rank_is_starting_does_not_come_back(
+    user: Shell,
+) -> None:
+    up = asked(user, "up", "--detach", "--nproc-per-node", "2")
+    os.kill(up["status"]["ranks"][1]["pid"], signal.SIGKILL)
+    while asked(user, "status")["ranks"][1]["phase"] != "lost":
+        time.sleep(0.1)
+    asked(user, "shutdown")
+    # Nothing of it is in the way of the next, or ends later than it must.
+    user.wait_until_empty(10)
+    log = (user.folder / "default" / "logs" / "torchrun.log").read_text()
+    assert "rank 1 was killed by SIGKILL" in log
+    assert "exitcode" not in log
 
 
 def test_a_refused_command_is_a_document_too(user: Shell) -> None:

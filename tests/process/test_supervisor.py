@@ -15,17 +15,19 @@ from typing import Any
 import psutil
 import pytest
 
-from vllm_resident.rank.supervisor import MAX_RESTARTS
+from vllm_resident.rank.supervisor import MAX_RESTARTS, POLL_S
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
 
 REPOSITORY = Path(__file__).parents[2]
 # Supervises this in a process of its own, as `python -m vllm_resident.rank` does.
 SUPERVISE = """
-import sys
+import os, pathlib, sys
 from vllm_resident.rank import supervisor
 say = lambda text: print(text, file=sys.stderr, flush=True)
-sys.exit(supervisor.supervise([sys.executable, "-c", sys.argv[1]], say))
+pool = supervisor.LaunchedPool(pathlib.Path(os.environ["FOLDER"], "pool.json"))
+command = [sys.executable, "-c", sys.argv[1]]
+sys.exit(supervisor.supervise(command, say, pool.has_stopped))
 """
 # Writes who it is, then lives until it is told.
 STAND_IN = """
@@ -125,6 +127,59 @@ def test_it_gives_up_on_a_rank_that_dies_again_and_again(
     process = supervised.start(*[1] * 10)
     assert process.wait(30) == 1
     assert supervised.num_lives() == MAX_RESTARTS + 1
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Stands for the controller that was started for this test's pool."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    write_pool_file(tmp_path, process.pid, os.getpid())
+    yield process
+    process.kill()
+    process.wait()
+
+
+def write_pool_file(folder: Path, pid: int, owner_pid: int) -> None:
+    (folder / "new").write_text(json.dumps({"pid": pid, "owner_pid": owner_pid}))
+    (folder / "new").rename(folder / "pool.json")
+
+
+def test_a_rank_that_is_starting_when_the_pool_stops_ends_with_it(
+    supervised: Supervised, controller: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """Nobody told it so, and it is not started anew: the launcher would start all."""
+    process = supervised.start(70)
+    supervised.life(1)
+    time.sleep(2 * POLL_S)
+    (tmp_path / "pool.json").unlink()
+    time.sleep(2 * POLL_S)
+    assert process.poll() is None  # who took the file away is still there
+    controller.kill()
+    assert process.wait(20) == 0
+    assert supervised.num_lives() == 2
+
+
+def test_a_rank_whose_pool_has_another_by_its_name_ends(
+    supervised: Supervised, controller: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    process = supervised.start()
+    supervised.life(0)
+    time.sleep(2 * POLL_S)
+    controller.kill()
+    write_pool_file(tmp_path, os.getpid(), os.getpid() + 1)
+    assert process.wait(20) == 0
+
+
+def test_a_rank_is_started_anew_under_a_controller_that_was_killed(
+    supervised: Supervised, controller: subprocess.Popen[bytes]
+) -> None:
+    supervised.start()
+    first = supervised.life(0)
+    time.sleep(2 * POLL_S)
+    controller.kill()
+    time.sleep(2 * POLL_S)
+    os.kill(first["pid"], signal.SIGKILL)
+    supervised.life(1)
 
 
 def test_a_launchers_restart_counts_on(supervised: Supervised) -> None:

@@ -150,9 +150,11 @@ class Harness:
         self.client(LoadEngine(call=call, spec=wanted, timeout_s=timeout_s))
         return call
 
-    def unload(self, name: str, timeout_s: float = 60.0) -> int:
+    def unload(self, name: str, timeout_s: float = 60.0, drain_s: float = 0.0) -> int:
         call = self.call()
-        self.client(UnloadEngine(call=call, name=name, timeout_s=timeout_s))
+        self.client(
+            UnloadEngine(call=call, name=name, drain_s=drain_s, timeout_s=timeout_s)
+        )
         return call
 
     def apply(self, *wanted: EngineSpec, timeout_s: float = 60.0) -> int:

@@ -489,6 +489,17 @@ def test_a_stopping_pool_tells_who_waits() -> None:
     assert "stopping" in there.error().message
 
 
+def test_a_stopping_pool_has_nothing_to_decide() -> None:
+    """Else the service would look for it without a pause until the stop ends."""
+    there = pool(2, "a", idle_ttl_s=5.0)
+    there.load_ready(spec("b", [1]))
+    there.look(1.0)
+    assert there.now <= there.pool.look_again_at < math.inf
+    there.client(ShutdownPool(call=77, timeout_s=60.0), BOB)
+    there.tick(10.0)
+    assert there.pool.look_again_at == math.inf
+
+
 # ------------------------------------------------------------ idle engines
 
 

@@ -199,6 +199,30 @@ def test_rank_that_does_not_belong_is_told_to_exit(changes, says):
     assert harness.state == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_taken_in"),
+    [
+        ({"launcher_pid": 77}, False),
+        ({"launcher_pid": 70}, True),
+        ({"launcher_pid": 77, "host_id": "boot:2"}, True),
+    ],
+)
+def test_rank_of_an_earlier_launch_is_sent_away_in_order(changes, is_taken_in):
+    """It was starting when its pool was shut down, and another came up by that name."""
+    harness = Harness(2, num_ready=0)
+    harness.state.owner_pid, harness.state.now = 70, harness.now
+    before = harness.snapshot()
+    harness.rank(hello(1, 2, **changes))
+    exits = harness.to_ranks(ExitRank)
+    if is_taken_in:
+        assert not exits
+        return
+    ((_, exit_rank),) = exits
+    assert not exit_rank.failed
+    assert "process 77" in exit_rank.reason
+    assert harness.state == before
+
+
 def test_heartbeats_are_acknowledged_and_update_gauges():
     harness = Harness(1)
     harness.tick(0)
@@ -1070,6 +1094,67 @@ def test_restores_that_lose_a_rank_each_time_come_to_an_end():
     assert harness.state.next_generation == 5  # loaded once, restored three times
 
 
+def _restore_to_sleep(incarnation: int, harness: Harness) -> None:
+    """Until the engine, which slept, is built anew and falls asleep again."""
+    harness.kill(1)
+    harness.answer_all()
+    harness.rank(hello(1, 4, pid=2000 + incarnation, incarnation=incarnation))
+    for kind in (PrepareEngine, BuildEngine):
+        for rank, message in harness.to_ranks(kind):
+            harness.rank(answer(rank, message))
+    assert ranks_sent(harness, SuspendEngine) == [0, 1]
+
+
+def _lost_sleeper() -> Harness:
+    harness = Harness()
+    harness.load_ready(spec("a", [0, 1]))
+    harness.sleep("a")
+    harness.answer_all()
+    _restore_to_sleep(1, harness)
+    return harness
+
+
+def test_restored_sleeper_that_cannot_fall_asleep_is_a_failure():
+    harness = _lost_sleeper()
+    generation = harness.engine("a").generation
+    harness.rank(failed(0, generation, "RankDiverged"))
+    harness.answer_all()
+    row = harness.row("a")
+    assert (row.phase, row.error) == ("failed", "RankDiverged on rank 0")
+
+
+def test_restored_sleeper_that_does_not_fall_asleep_in_time_is_a_failure():
+    harness = _lost_sleeper()
+    while harness.row("a").phase == "suspending":
+        harness.heartbeats()
+        harness.tick(1)
+    harness.answer_all()
+    row = harness.row("a")
+    assert row.phase == "failed"
+    assert "did not finish 'sleep'" in row.error
+
+
+def test_restored_sleeper_that_loses_a_rank_again_is_restored_so_many_times():
+    harness = _lost_sleeper()
+    for incarnation in (2, 3):
+        _restore_to_sleep(incarnation, harness)
+    harness.kill(1)
+    harness.answer_all()
+    assert harness.row("a").phase == "failed"
+    harness.load_ready(spec("a", [0]))
+    harness.sleep("a")
+    harness.answer_all()
+    assert harness.row("a").phase == "asleep"
+
+
+def test_what_was_restored_may_be_lost_as_often_again():
+    harness = _lost_sleeper()
+    for incarnation in range(2, 8):
+        harness.answer_all()
+        assert harness.row("a").phase == "asleep"
+        _restore_to_sleep(incarnation, harness)
+
+
 def test_engine_that_was_still_loading_is_not_restored():
     harness = Harness()
     harness.load(spec("a", 2))
@@ -1179,7 +1264,9 @@ def test_shutdown_waits_for_the_ranks():
     harness.load(spec("c"))
     assert "stopping" in harness.error().message
     harness.rank(hello(0, 2, pid=5, incarnation=1))
-    assert harness.to_ranks(ExitRank)
+    # Ended in order: its launcher is not to start it anew.
+    ((_, exit_rank),) = harness.to_ranks(ExitRank)
+    assert not exit_rank.failed
     harness.kill(0)
     assert not any(isinstance(e, StopController) for e in harness.effects)
     harness.kill(1)

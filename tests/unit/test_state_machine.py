@@ -130,6 +130,8 @@ class ControllerMachine(RuleBasedStateMachine):
 
     def note_answer(self, effect: SendToClient) -> None:
         message = effect.message
+        if isinstance(message, SwitchDone):
+            assert "go_back" not in message.report.path, "undone is not done"
         if isinstance(message, Progress):
             assert (effect.client, message.call) in self.open_calls
         elif isinstance(message, SwitchDone | CallFailed | PoolStopped) or (

@@ -24,6 +24,7 @@ from vllm_resident.messages import (
     CallFailed,
     CloseEngine,
     Completion,
+    DropEngine,
     EngineSpec,
     GenerateOutput,
     PrepareEngine,
@@ -409,6 +410,8 @@ def test_rank_lost_at_each_command_comes_back_to_the_layout(name):
         assert not harness.state.switches
         if isinstance(end, CallFailed):
             assert phases(harness) == before, (nth, end.error)
+        else:
+            assert "go_back" not in end.report.path, nth
 
 
 def _kill_at(harness: Harness, nth: int) -> None:
@@ -429,6 +432,84 @@ def _kill_at(harness: Harness, nth: int) -> None:
                 continue
         pending.extend(harness.rank(reply))
     harness.effects = seen
+
+
+def _lose_while_another_builds(harness: Harness) -> None:
+    harness.apply(spec("a", [0]), spec("b", [1]))
+    for rank, message in harness.to_ranks(PrepareEngine):
+        harness.rank(answer(rank, message))
+    harness.rank(answer(0, BuildEngine(generation=1, timeout_s=1)))
+    harness.kill(0)
+
+
+def _lose_while_it_falls_asleep(harness: Harness) -> None:
+    harness.load(EngineSpec("a", "/models/a", [0], {}, asleep=True))
+    for kind in (PrepareEngine, BuildEngine):
+        harness.rank(answer(0, harness.to_ranks(kind)[0][1]))
+    harness.kill(0)
+
+
+def _lose_what_is_staged(harness: Harness) -> None:
+    harness.load_ready(spec("old", [1]))
+    harness.generate("old")
+    harness.switch("old", spec("a", [0]), strategy="stage", drain_s=10)
+    for kind in (PrepareEngine, BuildEngine, SuspendEngine):
+        harness.rank(answer(0, harness.to_ranks(kind)[0][1]))
+    assert harness.row("old").phase == "draining"
+    harness.kill(0)
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [_lose_while_another_builds, _lose_while_it_falls_asleep, _lose_what_is_staged],
+)
+def test_switch_undone_for_a_lost_rank_says_so(lose):
+    """What it brought is gone again with its error; the switch is not done for that."""
+    harness = Harness(2)
+    lose(harness)
+    effects = harness.answer_all()
+    (end,) = harness.to_clients((SwitchDone, CallFailed))
+    assert isinstance(end, CallFailed)
+    assert (end.error.kind, end.error.rank) == ("RankLost", 0)
+    (record,) = [e for e in effects if isinstance(e, RecordTransition)]
+    assert "rank 0" in record.report.error
+    assert not harness.state.switches
+
+
+def _break(harness: Harness, *, is_loss: bool) -> None:
+    """Rank 0 reports its broken collective; then rank 1 turns out dead, or drops."""
+    harness.rank(failed(0, 1, phase="step"))
+    drops = dict(harness.to_ranks(DropEngine))
+    harness.rank(answer(0, drops[0]))
+    if is_loss:
+        harness.kill(1)
+    else:
+        harness.rank(answer(1, drops[1]))
+
+
+def test_unload_goes_on_when_a_death_is_heard_of_through_a_peer_first():
+    harness = Harness(2)
+    harness.load_ready(spec("a", [0, 1]))
+    harness.generate("a")
+    harness.unload("a", drain_s=30)
+    _break(harness, is_loss=True)
+    harness.answer_all()
+    answers = harness.to_clients((SwitchDone, CallFailed))
+    assert [type(each) for each in answers] == [CallFailed, SwitchDone]
+    harness.rank(hello(1, 2, pid=3000, incarnation=1))
+    harness.answer_all()
+    assert not harness.status().engines
+
+
+def test_unload_of_what_breaks_by_itself_turns_back():
+    harness = Harness(2)
+    harness.load_ready(spec("a", [0, 1]))
+    harness.generate("a")
+    harness.unload("a", drain_s=30)
+    _break(harness, is_loss=False)
+    harness.answer_all()
+    assert harness.to_clients(CallFailed)[-1].error.kind == "RankFailure"
+    assert phases(harness) == {"a": "ready"}
 
 
 def test_level_its_ranks_refuse_changes_nothing():
@@ -483,6 +564,25 @@ def test_layout_with_sleepers():
     assert done.report.path == ["sleep", "wake_up", "unload"]
     assert phases(harness) == {"a": "ready"}
     assert harness.engine("a").generation == 1
+
+
+@pytest.mark.parametrize("was_pinned", [True, False])
+@pytest.mark.parametrize("is_done", [True, False])
+def test_layout_pins_when_it_is_there(was_pinned, is_done):
+    """Until then what was pinned stays so, and what is to be is not moved any more."""
+    harness = Harness(2)
+    harness.load_ready(EngineSpec("a", "/models/a", [0], {}, pinned=was_pinned))
+    kept = EngineSpec("a", "/models/a", [0], {}, pinned=not was_pinned)
+    harness.apply(kept, spec("b", [1]))
+    assert harness.row("a").pinned
+    if is_done:
+        harness.answer_all()
+        assert harness.to_clients(SwitchDone)
+    else:
+        harness.rank(failed(1, 2, "CommandRejected"))
+        harness.answer_all()
+        assert harness.error().kind == "CommandRejected"
+    assert harness.row("a").pinned is (was_pinned is not is_done)
 
 
 def test_lost_sleeper_comes_back_asleep():

@@ -1,8 +1,9 @@
 """`python -m vllm_resident.controller`: one controller process for one pool.
 
 Holds the pool's lock for life, says in `pool.json` where it listens, and takes both
-its socket and that file away when it ends. Exit status: 0 stopped in order, 1 its own
-failure, 2 wrong arguments, 3 another controller has the pool.
+its socket and that file away when it ends; the file stays where it was not stopped in
+order, and ranks wait for another. Exit status: 0 stopped in order, 1 its own failure,
+2 wrong arguments, 3 another controller has the pool.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ def serve(options: argparse.Namespace) -> int:
     state.num_communicators = config.num_communicators
     state.communicator_memory_bytes = config.communicator_memory_bytes
     state.demand = demand_of(config)
+    state.owner_pid = options.owner_pid
     state.has_key = key is not None
     service = Service(pool, endpoint, Journal(directory), options.owner_pid, key)
     pool_file = directory / "pool.json"
@@ -172,9 +174,11 @@ def serve(options: argparse.Namespace) -> int:
         write_pool_file(pool_file, content)
         logger.info("event=listening pool=%s endpoint=%s session=%s",
                      options.pool, service.endpoint, session)  # fmt: skip
-        return service.run()
+        status = service.run()
+        if status == 0:
+            pool_file.unlink(missing_ok=True)
+        return status
     finally:
-        pool_file.unlink(missing_ok=True)
         service.close()
         if service.endpoint.startswith("ipc://"):
             Path(service.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)

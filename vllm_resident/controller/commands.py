@@ -21,6 +21,7 @@ from vllm_resident.controller.state import (
     PoolState,
     RankPhase,
     Switch,
+    pin,
 )
 from vllm_resident.controller.validation import (
     check_drain,
@@ -138,8 +139,9 @@ def apply(
         add_load(state, switch, placement, command.timeout_s, now)
     pinned = {spec.name: spec.pinned for spec in wanted}
     for name in untouched:
-        spec = current[name].spec
-        current[name].spec = msgspec.structs.replace(spec, pinned=pinned[name])
+        was_pinned = current[name].spec.pinned
+        switch.pins[name] = (was_pinned, pinned[name])
+        pin(current[name], was_pinned or pinned[name])
     switches.begin(state, switch, now)
 
 

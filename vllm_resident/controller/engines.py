@@ -135,7 +135,6 @@ def close(state: PoolState, engine: Engine, deadline: float, now: float) -> None
     """Unload a ready engine; of a lost one, wait for its survivors to drop it."""
     engine.close_began = now
     if engine.phase is EnginePhase.LOST:
-        engine.error = None  # what it was lost for is over
         is_held = bool(engine.waiting)
         after = EnginePhase.UNWINDING if is_held else EnginePhase.CLOSED
         move_engine(state, engine, after, now)
@@ -301,8 +300,6 @@ def on_built(
     if not engine.waiting:
         engine.ready_at = engine.last_used = now
         engine.deadline = None
-        engine.num_restores = 0
-        engine.keeps_failure = False
         move_engine(state, engine, EnginePhase.READY, now)
         state.failed.pop(engine.name, None)
     return True
@@ -397,10 +394,10 @@ def _on_refused(
 
 
 def is_new(state: PoolState, engine: Engine) -> bool:
-    """Whether a running switch brings it: its caller is told of the failure."""
+    """Whether a command brings it: its caller is told of the failure."""
     switch = state.switch_of(engine)
     move = switch.moves_to(engine) if switch else None
-    return move is not None and move.before is None
+    return move is not None and move.before is None and not engine.num_restores
 
 
 def _complete(engine: Engine, message: EngineFailed) -> ErrorInfo:

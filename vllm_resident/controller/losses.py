@@ -36,9 +36,7 @@ def on_rank_lost(
     """A rank of the engine is gone. An engine that served is kept as LOST."""
     engine.waiting.discard(rank.rank)
     error = _loss(engine, rank, what)
-    if engine.phase in ENGINE_BUILT:
-        _lose(state, engine, error, now)
-    elif engine.phase in engines.LOADING:
+    if engine.phase in ENGINE_BUILT or engine.phase in engines.LOADING:
         if _is_restorable(engine):
             _lose(state, engine, error, now)
         else:
@@ -46,7 +44,7 @@ def on_rank_lost(
     elif engine.phase is EnginePhase.CLOSING:
         # What is asked for is that it goes; the others must not wait for the dead.
         engines.unwind(state, engine, None, now)
-    elif engine.phase is EnginePhase.UNWINDING and not evicted and _echoes(engine):
+    elif engine.phase is EnginePhase.UNWINDING and not evicted and may_echo(engine):
         # What failed the engine was the loss: only its echo came first.
         engine.error = error
         if _is_restorable(engine):
@@ -58,13 +56,14 @@ def on_rank_lost(
 
 
 def _is_restorable(engine: Engine) -> bool:
-    """It served, or is being restored and has not failed at that too often."""
-    if engine.ready_at is not None:
-        return engine.close_began is None
-    return 0 < engine.num_restores < MAX_RESTORES
+    """It was there whole, and is not being restored for the last time."""
+    if engine.num_restores:
+        return engine.num_restores < MAX_RESTORES
+    return engine.ready_at is not None and engine.close_began is None
 
 
-def _echoes(engine: Engine) -> bool:
+def may_echo(engine: Engine) -> bool:
+    """Whether its error may turn out to be what a lost rank's peers say of the loss."""
     return engine.error is not None and engine.error.kind not in engines.CONCLUSIVE
 
 

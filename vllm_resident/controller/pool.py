@@ -6,6 +6,8 @@ come out in the order in which they must be done. `service.py` is the only calle
 
 from __future__ import annotations
 
+import math
+
 from vllm_resident.controller import (
     commands,
     demand,
@@ -193,7 +195,8 @@ class Pool:
     @property
     def look_again_at(self) -> float:
         """When there is something to decide, should nothing happen before."""
-        return self.state.demand.look_again_at
+        is_stopping = self.state.stop is not None
+        return math.inf if is_stopping else self.state.demand.look_again_at
 
     def look_again(self, now: float) -> list[Effect]:
         """It is `look_again_at`."""

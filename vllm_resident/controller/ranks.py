@@ -29,9 +29,10 @@ MAX_WORLD_SIZE = 65_536
 
 def on_hello(state: PoolState, hello: Hello, now: float) -> None:
     """Take a rank in, or tell it to exit when it cannot belong to this pool."""
-    if reason := _refusal(state, hello):
+    end = _end_of_pool(state, hello)
+    if reason := end or _refusal(state, hello):
         state.effects.append(Note(f"rank {hello.rank} (pid {hello.pid}): {reason}"))
-        state.send_to_rank(hello.rank, ExitRank(reason=reason, failed=True))
+        state.send_to_rank(hello.rank, ExitRank(reason=reason, failed=not end))
         return
     if not state.world_size:
         state.world_size = hello.world_size
@@ -50,9 +51,21 @@ def on_hello(state: PoolState, hello: Hello, now: float) -> None:
     _note_complete(state)
 
 
-def _refusal(state: PoolState, hello: Hello) -> str:
+def _end_of_pool(state: PoolState, hello: Hello) -> str:
+    """Why the pool that the rank was launched for is over: it has not failed, and must
+    not be started anew."""
     if state.stop is not None:
         return f"pool {state.name!r} is stopping"
+    is_here = hello.host_id == state.host_id and hello.launcher_pid
+    if is_here and state.owner_pid not in (None, hello.launcher_pid):
+        return (
+            f"was launched by process {hello.launcher_pid}, pool {state.name!r} by "
+            f"{state.owner_pid}"
+        )
+    return ""
+
+
+def _refusal(state: PoolState, hello: Hello) -> str:
     if hello.protocol_version != PROTOCOL_VERSION:
         return (
             f"speaks protocol {hello.protocol_version}, the controller "

@@ -13,6 +13,8 @@ from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from vllm_resident.controller.effects import (
     Effect,
     PhaseChanged,
@@ -300,6 +302,9 @@ class Switch:
     # first; "stage": what comes is built first.
     strategy: str = "sleep"
     kept: list[str] = field(default_factory=list)
+    # Whether engines were pinned before, and are to be when it is done; until then
+    # those are that are in either, so that nothing else moves them.
+    pins: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     stage: SwitchStage = SwitchStage.PREPARING
     drain_until: float = 0.0
     # When what goes stopped serving and what comes began to.
@@ -388,6 +393,8 @@ class PoolState:
     controller_pid: int
     started: float
     heartbeat_timeout_s: float
+    # The launcher whose pool it is: the controller ends with it.
+    owner_pid: int | None = None
     # Whether peers on other machines may be told to listen to each other.
     has_key: bool = False
     world_size: int = 0  # 0: no rank has said Hello yet
@@ -496,6 +503,10 @@ def move_engine(
         del state.engines[engine.generation]
     if phase is EnginePhase.FAILED:
         state.failed[engine.name] = engine
+
+
+def pin(engine: Engine, is_pinned: bool) -> None:
+    engine.spec = msgspec.structs.replace(engine.spec, pinned=is_pinned)
 
 
 def log_engine(state: PoolState, engine: Engine, old: str, seconds: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from vllm_resident.controller import engines, memory, reports, requests, tally
+from vllm_resident.controller import engines, losses, memory, reports, requests, tally
 from vllm_resident.controller.effects import RecordTransition
 from vllm_resident.controller.state import (
     ENGINE_BUILT,
@@ -29,6 +29,7 @@ from vllm_resident.controller.state import (
     SwitchStage,
     move_switch,
     note_progress,
+    pin,
     report_progress,
 )
 from vllm_resident.errors import CommandRejected, ErrorInfo
@@ -136,14 +137,22 @@ def _note_failure(switch: Switch) -> bool:
     has_failed = switch.refusal is not None
     for move in switch.moves:
         engine = move.engine
-        # What is to go may also go by losing its rank.
-        is_going = move.before is not None and move.after is None
-        if engine.error is None or (is_going and engine.phase is _P.LOST):
+        if engine.error is None or _goes_by_loss(move):
             continue
         switch.failed = switch.failed or engine
         # Of one that was told to go the error is told, but nothing is undone.
         has_failed |= engine.close_began is None
     return has_failed
+
+
+def _goes_by_loss(move: Move) -> bool:
+    """What is to go may also go by losing its rank; while it is given up, that may
+    still turn out to be so."""
+    engine = move.engine
+    if move.before is None or move.after is not None:
+        return False
+    may_be_lost = engine.phase is _P.UNWINDING and losses.may_echo(engine)
+    return may_be_lost or engine.phase is _P.LOST
 
 
 def _prepared(state: PoolState, switch: Switch, _now: float) -> bool:
@@ -269,11 +278,12 @@ def _committed(state: PoolState, switch: Switch, now: float) -> bool:
     """Give back what went for good; an error here is told, nothing is undone."""
     going = [m for m in switch.moves if m.after is None]
     for move in going:
-        if move.engine.phase in ENGINE_BUILT - ENGINE_MOVING or (
-            move.engine.phase is _P.LOST
-        ):
-            _note_path(switch, "unload")
-            engines.close(state, move.engine, switch.deadline, now)
+        if move.engine.phase is _P.LOST:
+            move.engine.error = None  # what it was lost for is over
+        elif move.engine.phase not in ENGINE_BUILT - ENGINE_MOVING:
+            continue
+        _note_path(switch, "unload")
+        engines.close(state, move.engine, switch.deadline, now)
     for move in switch.moves:
         if move.engine.close_began is not None and move.engine.error:
             switch.failed = switch.failed or move.engine
@@ -399,8 +409,15 @@ def _finish(state: PoolState, switch: Switch, now: float) -> None:
     for move in switch.moves:
         if not switch.is_undone and move.after is not None:
             move.engine.home_level = move.after
+        if move.engine.phase in (_P.READY, _P.ASLEEP):
+            # It is where it was to be: no restore, and not built anew, any more.
+            move.engine.num_restores = 0
+            move.engine.keeps_failure = False
         if move.engine.phase is not _P.READY:
             requests.refuse_held(state, move.engine)
+    for name, (before, after) in switch.pins.items():
+        if engine := state.engine_named(name):
+            pin(engine, before if switch.is_undone else after)
     switch.reports.extend(reports.of_moves(switch, now))
     report = reports.switch_report(switch, now)
     state.effects.append(RecordTransition(report, switch.cause, switch.started))

@@ -70,6 +70,7 @@ class Hello(FromRank, frozen=True, kw_only=True):
     engine_arg_names: list[str]
     generations: list[int]
     frontend_arg_names: list[str] = []
+    launcher_pid: int = 0  # of what started the rank on its machine; 0: not said
 
 
 class Heartbeat(FromRank, frozen=True, kw_only=True):

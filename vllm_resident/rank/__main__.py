@@ -69,8 +69,6 @@ def main() -> int:
     if missing:
         _say(f"{', '.join(missing)} not set: start ranks with torchrun")
         return 2
-    if arguments.supervisor:
-        return supervisor.supervise(supervisor.rank_command(), _say)
     try:
         directory = transport.ensure_private(transport.pool_directory(arguments.pool))
         endpoint = arguments.controller or _embedded_endpoint(arguments.pool)
@@ -78,6 +76,9 @@ def main() -> int:
     except ResidentError as error:
         _say(str(error))
         return 2
+    if arguments.supervisor:
+        pool = supervisor.LaunchedPool(directory / "pool.json")
+        return supervisor.supervise(supervisor.rank_command(), _say, pool.has_stopped)
     rank = int(os.environ["RANK"])
     terminal = _log_to_file(directory / "logs" / f"rank-{rank}.log")
     try:

@@ -49,7 +49,8 @@ def boot(
         )
     device.activate()
     warm_up(device)
-    owner = shm.owner_token(supervisor.launcher_pid())
+    launcher_pid = supervisor.launcher_pid()
+    owner = shm.owner_token(launcher_pid)
     world_size = int(os.environ["WORLD_SIZE"])
     incarnation = supervisor.incarnation()
     names, server_options = engine_arg_names(), sorted(frontend_arg_names())
@@ -77,6 +78,7 @@ def boot(
             engine_arg_names=names,
             generations=loop.generations(),
             frontend_arg_names=server_options,
+            launcher_pid=launcher_pid,
         )
 
     control = Control(rank, incarnation, endpoint, hello, gauges, key)

@@ -2,12 +2,14 @@
 
 torchrun answers the death of one worker by ending them all. This one stays: the rank
 that died comes back in place, alone, while engines of other ranks go on serving. It
-holds no device and imports neither torch nor vLLM; it knows its child by exit status.
+holds no device and imports neither torch nor vLLM; it knows its child by exit status,
+and by pool.json whether there is still a pool to start it for.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +17,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vllm_resident import shm
 
 # Set for the rank: whose pool it is, and how often it was started before.
 LAUNCHER_VARIABLE = "VLLM_RESIDENT_LAUNCHER_PID"
@@ -39,13 +44,42 @@ def incarnation() -> int:
     return int(os.environ.get(INCARNATION_VARIABLE) or _launcher_restarts())
 
 
-def supervise(command: Sequence[str], say: Callable[[str], None]) -> int:
+class LaunchedPool:
+    """The pool of this process's launcher, by the `pool.json` at `path`: its controller
+    writes that, and takes it away only when the pool is stopped in order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._launcher = os.getppid()
+        self._controller: int | None = None
+
+    def has_stopped(self) -> bool:
+        """Whether it was seen to be up and was shut down since. False where its
+        controller died otherwise: ranks bring up another, and join it."""
+        try:
+            state = json.loads(self._path.read_text())
+            if state["owner_pid"] == self._launcher:
+                self._controller = int(state["pid"])
+                return False
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        pid = self._controller
+        # That the file is gone is not enough: anybody may have removed it.
+        return pid is not None and shm.start_ticks(pid) is None
+
+
+def supervise(
+    command: Sequence[str], say: Callable[[str], None], has_stopped: Callable[[], bool]
+) -> int:
     """Run `command`, the rank, until it has ended in order; returns the exit status.
 
     Blocks. Call it on the main thread of a process that has no other. SIGTERM is the
     rank's to answer. Gives up, with the rank's status, when it dies for the fourth time
     within ten minutes, when the launcher is gone, or when the ranks' store died with
-    it; the rank ends with this process, however that one ends.
+    it; the rank ends with this process, however that one ends. A rank that is not there
+    to be told when the pool is shut down ends too, in order, once it `has_stopped`.
     """
     # Ctrl-C reaches the whole foreground group; the launcher decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -67,7 +101,9 @@ def supervise(command: Sequence[str], say: Callable[[str], None]) -> int:
         child = _start(command, launcher, number)
         if is_ending:  # told so while it was being started
             child.terminate()
-        status = _wait(child, launcher)
+        status = _wait(child, launcher, has_stopped)
+        if has_stopped():
+            return 0
         now = time.monotonic()
         deaths.append(now)
         while deaths[0] < now - WINDOW_S:
@@ -113,12 +149,14 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _wait(child: subprocess.Popen[bytes], launcher: int) -> int:
+def _wait(
+    child: subprocess.Popen[bytes], launcher: int, has_stopped: Callable[[], bool]
+) -> int:
     while True:
         try:
             return child.wait(POLL_S)
         except subprocess.TimeoutExpired:
-            if os.getppid() != launcher:
+            if os.getppid() != launcher or has_stopped():
                 child.terminate()
 
 
