@@ -349,6 +349,36 @@ def test_draining_lets_a_stream_finish_and_later_ones_wait(
     assert phases(models)[chat] == "ready"
 
 
+BUILD_FRONTEND = """if True:
+    import sys
+    from vllm_resident import CommandRejected, EngineSpec
+    from vllm_resident.gateway.__main__ import prepare_imports
+    prepare_imports()
+    from vllm_resident.gateway.frontend import VllmFrontend
+    model, folder = sys.argv[1:]
+    spec = EngineSpec("a", model, engine_args={"max_model_len": 64})
+    try:
+        VllmFrontend.build(spec, f"ipc://{folder}/in", f"ipc://{folder}/out")
+    except CommandRejected as error:
+        print(error)
+"""
+
+
+def test_a_leader_that_went_away_is_not_listened_for_for_ever(
+    checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD_FRONTEND, checkpoints["llama"], str(tmp_path)],
+        env={**os.environ, "VLLM_ENGINE_READY_TIMEOUT_S": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "its leader did not say that it is ready" in done.stdout
+
+
 def test_an_engine_loaded_anew_is_served_anew(
     gateway: HttpGateway, models: Client, checkpoints: dict[str, str]
 ) -> None:

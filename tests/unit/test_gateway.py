@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from vllm_resident import (
     ProtocolError,
     RankLost,
     SwitchReport,
+    patching,
 )
+from vllm_resident.gateway import __main__ as gateway_process
 from vllm_resident.gateway import asgi, problems, residents
 from vllm_resident.gateway.app import MAX_TRIES, Gateway
 from vllm_resident.gateway.asgi import Bodies, Keys
@@ -461,6 +465,42 @@ async def test_one_that_falls_asleep_before_its_frontend_is_there_is_called_agai
         assert [name for name, _ in pool.turns][:2] == ["a", "a"]
         assert pool.turns[1][1] > 0  # what it has waited is not forgotten
         assert len(pool.built) == 1
+
+
+async def test_no_frontend_is_built_of_an_engine_that_has_gone(tmp_path: Path) -> None:
+    """While others were built: its leader would be listened for in vain."""
+    pool = FakePool(a="ready", b="ready")
+    build, may_build = pool.build, threading.Event()
+
+    def build_in_turn(*arguments: Any) -> FakeFrontend:
+        frontend = build(*arguments)
+        assert may_build.wait(10)
+        return frontend
+
+    pool.build = build_in_turn  # type: ignore[method-assign]
+    async with serving(pool, tmp_path) as app:
+        first = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(call(app, body={"model": "b"}))
+        await asyncio.sleep(0.1)
+        pool.unload("b")
+        await asyncio.sleep(0.05)
+        may_build.set()
+        assert ((await first)[0], (await second)[0]) == (200, 200)
+        assert [f.name for f in pool.built] == ["a", "b"]
+        assert [name for name, _ in pool.turns] == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "20"), ("7", "7")])
+def test_a_leader_is_not_listened_for_as_long_as_vllm_would(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    monkeypatch.setattr(patching, "activate", lambda: None)
+    monkeypatch.setattr(os, "environ", {})
+    if given is not None:
+        os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = given
+    gateway_process.prepare_imports()
+    assert os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] == kept
 
 
 async def test_a_frontend_that_does_not_open_is_closed(tmp_path: Path) -> None:

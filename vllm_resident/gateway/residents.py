@@ -312,13 +312,15 @@ class Residents:
         attached: asyncio.Future[FrontendAttached] = (
             asyncio.get_running_loop().create_future()
         )
-        served.attachment = asyncio.create_task(
+        attachment = served.attachment = asyncio.create_task(
             self._follow(served, into, out, attached), name=f"attach {served.name}"
         )
         try:
             reply = await attached
             began = time.monotonic()
             async with self._building:
+                if attachment.done():
+                    return  # nobody would answer; who waits asks for its turn again
                 frontend = await asyncio.to_thread(self._build, reply.spec, into, out)
             await _opened(frontend)
         except BaseException:
