@@ -73,14 +73,16 @@ class FakePool:
         self.refusal: EngineRefused | None = None
         self.hold: asyncio.Event | None = None
         self.turns: list[tuple[str, float]] = []
+        self.num_held = 0
         self.num_open = 0
         self.reports: list[dict[str, ModelCalls]] = []
         self.unloaded: dict[str, asyncio.Event] = {}
 
     async def wait(
-        self, name: str, waited_s: float = 0.0
+        self, name: str, waited_s: float = 0.0, *, is_held: bool = False
     ) -> AsyncIterator[EngineAwake | EngineRefused]:
         self.turns.append((name, waited_s))
+        self.num_held += is_held
         self.num_open += 1
         try:
             if self.error is not None:
@@ -181,6 +183,8 @@ class FakeFrontend:
         self.responses: set[str] = set()
         self.error: Exception | None = None
         self.begins_with = b""
+        # The request is with an engine that sleeps, until its caller has gone.
+        self.is_held = False
 
     async def open(self) -> None:
         if self.error is not None:
@@ -188,6 +192,10 @@ class FakeFrontend:
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
+        if self.is_held:
+            self.is_held = (await receive())["type"] != "http.disconnect"
+            await asgi.answer(send, 200, None)  # as vLLM does, to nobody
+            return
         if self.begins_with:
             await asgi.begin(send, 200, {"content-type": "text/plain"})
             part = {"type": "http.response.body", "body": self.begins_with}
@@ -651,6 +659,78 @@ async def test_a_request_whose_engine_is_given_up_goes_to_the_next(
         assert (status, answer["body"]) == (200, {"model": "a", "n": 3})
         assert [f.is_closed for f in pool.built] == [True, False]
         assert app._residents.counts() == {"a": (0, 0)}
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residents, "ENDED_S", 0.05)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_request_that_reached_a_sleeper_is_within_the_limits(
+    tmp_path: Path,
+) -> None:
+    """It met the engine awake and is held by a leader that knows none."""
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].is_held = True
+        caller = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.05)
+        pool.turn("a", "draining")
+        await asyncio.sleep(0.1)
+        assert pool.num_held == 0
+        pool.refusal = EngineRefused(call=1, reason="no room", retry_after_s=2.0)
+        pool.turn("a", "asleep")
+        status, answer, headers = await caller
+        assert (status, answer["error"]["message"]) == (503, "no room")
+        assert headers["retry-after"] == "2"
+        assert not pool.built[0].is_held  # it was told to abort it
+        assert app._residents.counts() == {"a": (0, 0)}
+        assert (pool.num_held, pool.num_open) == (1, 0)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_one_that_a_sleeper_wakes_up_for_is_answered_once(
+    tmp_path: Path,
+) -> None:
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].hold = asyncio.Event()
+        caller = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.05)
+        for _ in range(3):  # it is said each second
+            pool.turn("a", "asleep")
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert (pool.num_held, pool.phases["a"], pool.num_open) == (1, "ready", 0)
+        pool.built[0].hold.set()
+        assert (await caller)[0] == 200
+        assert len(pool.built) == 1
+
+
+async def test_what_was_ended_or_begun_wakes_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "ENDED_S", 0.3)
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        frontend = pool.built[0]
+        for begins_with in (b"", b"begun and "):
+            pool.turn("a", "ready")
+            frontend.hold = asyncio.Event()
+            frontend.begins_with = begins_with
+            frontend.has_failed = bool(begins_with)
+            caller = asyncio.create_task(raw_call(app, b'{"model": "a"}'))
+            await asyncio.sleep(0.05)
+            pool.turn("a", "asleep")
+            await asyncio.sleep(0.5 if begins_with else 0.01)
+            frontend.hold.set()
+            assert await caller
+            await asyncio.sleep(0.5)
+        assert (pool.num_held, pool.phases["a"]) == (0, "asleep")
 
 
 async def test_an_answer_that_had_begun_ends_as_the_app_says(tmp_path: Path) -> None:

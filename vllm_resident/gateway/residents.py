@@ -26,6 +26,7 @@ from vllm_resident.errors import PoolUnreachable, ResidentError
 from vllm_resident.gateway import problems
 from vllm_resident.gateway.asgi import App, Disconnected
 from vllm_resident.gateway.attachment import Attachments
+from vllm_resident.gateway.problems import Problem
 from vllm_resident.gateway.relay import Relay
 from vllm_resident.gateway.turns import Turns
 from vllm_resident.messages import (
@@ -48,6 +49,9 @@ MAX_FRONTENDS = 16
 POLL_S = 0.05
 # What was served is reported so often.
 REPORT_S = 1.0
+# What an engine ended as it fell asleep is answered within this; what has no answer
+# then waits for it to wake up.
+ENDED_S = 1.0
 
 
 class Frontend(Protocol):
@@ -88,7 +92,7 @@ class Served:
     attachment: asyncio.Task[None] | None = None
     attaching: asyncio.Task[None] | None = None
     num_waiting: int = 0
-    num_in_flight: int = 0
+    visits: set[Visit] = field(default_factory=set)
     last_used: float = field(default_factory=time.monotonic)
     # Since the last report.
     num_begun: int = 0
@@ -102,6 +106,10 @@ class Served:
         return self.frontend is not None and self.phase == "ready"
 
     @property
+    def num_in_flight(self) -> int:
+        return len(self.visits)
+
+    @property
     def is_wanted(self) -> bool:
         return self.num_waiting + self.num_in_flight > 0
 
@@ -113,18 +121,35 @@ class Served:
         return calls
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Visit:
     """One request with a model's frontend. If it `is_withdrawn`, the engine was given
-    up meanwhile: what the app says of that is no answer."""
+    up before the answer began, or does not wake up for it (then there is a `refusal`):
+    what the app says of that is no answer."""
 
     app: App
     served: Served
     num_withdrawn: int
+    refusal: asyncio.Future[Problem]
+    has_begun: bool = False
+    # Asks the pool whether the engine, which sleeps, wakes up for it.
+    asking: asyncio.Task[None] | None = None
 
     @property
     def is_withdrawn(self) -> bool:
-        return self.served.num_withdrawn != self.num_withdrawn
+        was_given_up = self.served.num_withdrawn != self.num_withdrawn
+        return not self.has_begun and (was_given_up or self.refusal.done())
+
+    def begin_answer(self) -> bool:
+        """From here on the answer is the app's, whatever comes; False if it has come
+        already."""
+        self.has_begun = not self.is_withdrawn
+        return self.has_begun
+
+    def refuse(self, problem: Problem) -> None:
+        """No-op where the answer has begun."""
+        if not self.has_begun:
+            self.refusal.set_result(problem)
 
 
 class Residents:
@@ -197,12 +222,16 @@ class Residents:
         else:
             turn = await self._turn(served, gone)
         assert served.frontend is not None
-        served.num_in_flight += 1
+        refusal: asyncio.Future[Problem] = asyncio.get_running_loop().create_future()
+        visit = Visit(served.frontend.app, served, served.num_withdrawn, refusal)
+        served.visits.add(visit)
         began = time.monotonic()
         try:
-            yield Visit(served.frontend.app, served, served.num_withdrawn)
+            yield visit
         finally:
-            served.num_in_flight -= 1
+            served.visits.remove(visit)
+            if visit.asking is not None:
+                visit.asking.cancel()
             served.last_used = time.monotonic()
             served.num_ended += 1
             served.service_s += served.last_used - began
@@ -250,6 +279,32 @@ class Residents:
             await asyncio.shield(self._attached(served))
         elif served.phase != "ready":
             await asyncio.sleep(POLL_S)
+
+    def _is_told(self, served: Served, phase: str) -> None:
+        """Of its engine's phase, each second and whenever it changes. Calls that met it
+        awake may have reached it asleep: they are held there, within no limits."""
+        served.phase = phase
+        if phase != "asleep":
+            return
+        for visit in served.visits:
+            is_asking = visit.asking is not None and not visit.asking.done()
+            if not (is_asking or visit.has_begun or visit.refusal.done()):
+                visit.asking = asyncio.create_task(
+                    self._ask(visit), name=f"ask for {served.name}"
+                )
+
+    async def _ask(self, visit: Visit) -> None:
+        """Announce it to the pool as a call that comes now; refuse it as that does."""
+        name = visit.served.name
+        await asyncio.sleep(ENDED_S)
+        turn = self._turns.wait(name, ENDED_S, is_held=True)
+        try:
+            async with contextlib.aclosing(turn):
+                answer = await anext(turn)
+            if isinstance(answer, EngineRefused):
+                visit.refuse(problems.of_refusal(answer))
+        except ResidentError as error:
+            visit.refuse(problems.of_model(name, error))
 
     async def _report(self) -> None:
         """Tell the pool of the calls it did not hear of, while there are any."""
@@ -350,7 +405,7 @@ class Residents:
         error: Exception = PoolUnreachable("the attachment ended")
 
         def on_progress(progress: Progress) -> None:
-            served.phase = progress.phase
+            self._is_told(served, progress.phase)
 
         try:
             async with (
