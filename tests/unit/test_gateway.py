@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +225,14 @@ class FakeFrontend:
 
 @contextlib.asynccontextmanager
 async def serving(
-    pool: FakePool, folder: Path, *, keys: tuple[str, ...] = (), operator: Any = None
+    pool: FakePool,
+    folder: Path,
+    *,
+    keys: tuple[str, ...] = (),
+    operator: Any = None,
+    relay: Any = None,
 ) -> AsyncIterator[Gateway]:
-    there = Residents(pool, pool, pool.build, folder)  # type: ignore[arg-type]
+    there = Residents(pool, pool, pool.build, folder, relay)  # type: ignore[arg-type]
     routes = PoolRoutes(pool, Keys(operator or ()), Bodies(), is_open=operator is None)  # type: ignore[arg-type]
     there.start()
     try:
@@ -768,6 +773,46 @@ async def test_a_request_is_not_tried_for_ever(tmp_path: Path) -> None:
         assert "given up" in answer["error"]["message"]
         assert headers["retry-after"]
         assert len(pool.built) == MAX_TRIES
+
+
+class FakeRelay:
+    """`end` is what a real one's thread does when its leader does not read."""
+
+    def __init__(self, into: str, out: str, on_end: Callable[[], None]) -> None:
+        self.input_address, self.output_address = f"{into}+", f"{out}+"
+        self.is_closed = False
+        self._on_end = on_end
+
+    def end(self) -> None:
+        thread = threading.Thread(target=self._on_end)
+        thread.start()
+        thread.join()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+async def test_a_relay_that_ends_takes_its_attachment_along(tmp_path: Path) -> None:
+    """Nothing would come through any more; what waits for it goes there anew."""
+    pool = FakePool(a="ready")
+    relays: list[FakeRelay] = []
+
+    def relay(*arguments: Any) -> FakeRelay:
+        relays.append(FakeRelay(*arguments))
+        return relays[-1]
+
+    async with serving(pool, tmp_path, relay=relay) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].hold = asyncio.Event()
+        caller = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.05)
+        relays[0].end()
+        assert (await caller)[0] == 200
+        assert [f.is_closed for f in pool.built] == [True, False]
+        assert [r.is_closed for r in relays] == [True, False]
+        assert (await call(app, body={"model": "a"}))[0] == 200
+        assert len(pool.built) == 2
+    assert relays[1].is_closed
 
 
 async def test_an_engine_built_anew_gets_a_new_frontend(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -74,8 +75,9 @@ class Frontend(Protocol):
 Build = Callable[[EngineSpec, str, str], Frontend]
 
 
-# What makes one, for leaders on other machines, of the same two addresses.
-MakeRelay = Callable[[str, str], Relay]
+# What makes one, for leaders on other machines, of the same two addresses; calls back
+# on another thread when it ends by itself.
+MakeRelay = Callable[[str, str, Callable[[], None]], Relay]
 
 
 @dataclass
@@ -409,7 +411,7 @@ class Residents:
 
         try:
             async with (
-                self._reachable(into, out) as addresses,
+                self._reachable(served, into, out) as addresses,
                 contextlib.aclosing(
                     self._attachments.attach(served.name, *addresses, on_progress)
                 ) as replies,
@@ -436,16 +438,26 @@ class Residents:
         self._forget_if_unused(served)
 
     @asynccontextmanager
-    async def _reachable(self, into: str, out: str) -> AsyncIterator[tuple[str, str]]:
-        """The two addresses as the leader is to be told them, while it is attached."""
+    async def _reachable(
+        self, served: Served, into: str, out: str
+    ) -> AsyncIterator[tuple[str, str]]:
+        """The two addresses as the leader is to be told them, while it is attached.
+        Raises `PoolUnreachable` as soon as what lies between has ended."""
         if self._relay is None:
             yield into, out
             return
-        relay = await asyncio.to_thread(self._relay, into, out)
+        loop = asyncio.get_running_loop()
         try:
-            yield relay.input_address, relay.output_address
-        finally:
-            await asyncio.to_thread(relay.close)
+            async with asyncio.timeout(None) as limit:
+                end = partial(loop.call_soon_threadsafe, limit.reschedule, loop.time())
+                relay = await asyncio.to_thread(self._relay, into, out, end)
+                try:
+                    yield relay.input_address, relay.output_address
+                finally:
+                    await asyncio.to_thread(relay.close)
+        except TimeoutError as error:
+            served.num_withdrawn += 1
+            raise PoolUnreachable("the relay to its leader ended") from error
 
     async def _release(self, served: Served) -> None:
         """Detach and close its frontend, if there is one."""
