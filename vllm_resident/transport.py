@@ -7,10 +7,12 @@ nothing here waits: callers poll with deadlines of their own.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
 import socket as sockets
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +164,8 @@ def pool_directory(pool: str) -> Path:
     """Where the pool called `pool` keeps its sockets, state and logs on this machine.
 
     `VLLM_RESIDENT_DIR` names the parent; by default it is in `XDG_RUNTIME_DIR`, else in
-    the temporary folder under the user's number.
+    the temporary folder under the user's number. There, where everybody may make
+    folders, it is made if missing; raises `CommandRejected` if it is another's.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", pool):
         raise CommandRejected(
@@ -173,7 +176,30 @@ def pool_directory(pool: str) -> Path:
         return Path(parent) / pool
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "vllm-resident" / pool
-    return Path(tempfile.gettempdir()) / f"vllm-resident-{os.getuid()}" / pool
+    own = Path(tempfile.gettempdir()) / f"vllm-resident-{os.getuid()}"
+    _take_for_own(own)
+    return own / pool
+
+
+def _take_for_own(folder: Path) -> None:
+    """Whoever else could write to it could put another socket in the place of the
+    controller's, and get its clients' prompts and its ranks' ears."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+    except OSError as error:
+        raise CommandRejected(
+            f"{folder} cannot be made: {error}; set VLLM_RESIDENT_DIR to a folder of "
+            "yours"
+        ) from error
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not is_own or status.st_mode & 0o022:
+        raise CommandRejected(
+            f"{folder} is not this user's alone ({stat.filemode(status.st_mode)}, of "
+            f"user {status.st_uid}), so that others may answer for its pools: remove "
+            "it, or set VLLM_RESIDENT_DIR to a folder of yours"
+        )
 
 
 def ensure_private(directory: Path) -> Path:

@@ -349,6 +349,61 @@ def test_draining_lets_a_stream_finish_and_later_ones_wait(
     assert phases(models)[chat] == "ready"
 
 
+def test_what_reaches_a_sleeper_is_refused_where_nothing_makes_room(
+    gateway: HttpGateway, models: Client, checkpoints: dict[str, str]
+) -> None:
+    """The gateway takes seconds to read the prompt, and its engine sleeps by then."""
+    assert gateway.complete("tiny")
+    body = {"model": "tiny", "prompt": "fox " * 2**21, "truncate_prompt_tokens": 8}
+    answers: list[httpx.Response] = []
+    caller = threading.Thread(
+        target=lambda: answers.append(gateway.http.post("/v1/completions", json=body))
+    )
+    caller.start()
+    time.sleep(0.2)
+    models.sleep("tiny")
+    models.load("stays", checkpoints["qwen3"], ranks=[0], pinned=True, **ENGINE_ARGS)
+    try:
+        caller.join(30)
+        assert [answer.status_code for answer in answers] == [503]
+        assert "no room" in answers[0].json()["error"]["message"]
+        assert answers[0].headers["retry-after"]
+        wait_until(models, lambda s: num_requests(s, "tiny") == 0, 5, "the abort")
+    finally:
+        models.unload("stays")
+        caller.join(60)
+
+
+BUILD_FRONTEND = """if True:
+    import sys
+    from vllm_resident import CommandRejected, EngineSpec
+    from vllm_resident.gateway.__main__ import prepare_imports
+    prepare_imports()
+    from vllm_resident.gateway.frontend import VllmFrontend
+    model, folder = sys.argv[1:]
+    spec = EngineSpec("a", model, engine_args={"max_model_len": 64})
+    try:
+        VllmFrontend.build(spec, f"ipc://{folder}/in", f"ipc://{folder}/out")
+    except CommandRejected as error:
+        print(error)
+"""
+
+
+def test_a_leader_that_went_away_is_not_listened_for_for_ever(
+    checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD_FRONTEND, checkpoints["llama"], str(tmp_path)],
+        env={**os.environ, "VLLM_ENGINE_READY_TIMEOUT_S": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "its leader did not say that it is ready" in done.stdout
+
+
 def test_an_engine_loaded_anew_is_served_anew(
     gateway: HttpGateway, models: Client, checkpoints: dict[str, str]
 ) -> None:

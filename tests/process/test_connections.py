@@ -322,6 +322,46 @@ def test_a_body_that_nobody_wants_is_not_read_for_ever(
         assert served.chat().status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/nowhere", "/v1/completions"])
+@pytest.mark.parametrize(
+    "flood", [b"a: b\r\n" * 10_000, b"y" * 60_000], ids=["many", "endless"]
+)
+def test_a_flood_of_trailers_is_cut_off(
+    served: Served, path: str, flood: bytes
+) -> None:
+    """Of a request that was answered, and of one that is being read."""
+    head = b"POST %b HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" % path.encode()
+    with served.connect() as connection:
+        connection.sendall(head + b"2\r\n{}\r\n0\r\nx-a: ")
+        num_sent = 0
+        while not is_cut_off(connection, flood):
+            num_sent += len(flood)
+            assert num_sent < 32 * 2**20
+    assert served.chat().status_code == 200
+
+
+def test_trailers_are_no_headers(served: Served) -> None:
+    body = json.dumps(CHAT).encode()
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+        b"%x\r\n%b\r\n0\r\nx-trailer: 1\r\nexpect: 100-continue\r\n\r\n"
+    ) % (len(body), body)
+    with served.connect() as connection:
+        for _ in range(2):
+            connection.sendall(request)
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
+def test_small_chunks_are_no_headers(served: Served) -> None:
+    """A body may come in as many parts as its caller likes."""
+    body = json.dumps({**CHAT, "text": "x" * 2**15}).encode()
+    parts = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    head = b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n"
+    with served.connect() as connection:
+        connection.sendall(head + parts + b"0\r\n\r\n")
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
 def test_large_bodies_together_are_bounded(tmp_path: Path) -> None:
     with serving(tmp_path, bodies=Bodies(2**20)) as served:
         with served.connect() as slow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ class Ends:
     def __init__(self, folder: Path, key: PoolKey, leader_key: PoolKey | None) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
         into, out = f"ipc://{folder}/in.sock", f"ipc://{folder}/out.sock"
-        self.relay = Relay(into, out, "127.0.0.1", key)
+        self.ended = threading.Event()
+        self.relay = Relay(into, out, self.ended.set, "127.0.0.1", key)
         # The leader is told before the frontend is built.
         self.received = transport.open_socket(self.context, zmq.DEALER)
         self.sent = transport.open_socket(self.context, zmq.PUSH)
@@ -78,14 +80,28 @@ def test_a_leader_without_the_key_reaches_nobody(tmp_path: Path, key: PoolKey) -
         ends.close()
 
 
+def test_that_a_leader_has_gone_is_told(ends: Ends) -> None:
+    """What is sent to it then is lost."""
+    assert ends.input.poll(COMES_MS)
+    ends.received.close()
+    deadline = time.monotonic() + 20
+    while not ends.ended.is_set():
+        assert time.monotonic() < deadline
+        ends.input.send_multipart([IDENTITY, b"lost"])
+        time.sleep(0.02)
+
+
 def test_nothing_is_left_of_a_relay(tmp_path: Path, key: PoolKey) -> None:
     def held() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
-    Relay("ipc:///none", "ipc:///none", "127.0.0.1", key).close()
+    ended = threading.Event()
+    none, here = "ipc:///none", f"ipc://{tmp_path}/sock"
+    Relay(none, none, ended.set, "127.0.0.1", key).close()
     before = held()
     for _ in range(5):
-        Relay(f"ipc://{tmp_path}/i", f"ipc://{tmp_path}/o", "127.0.0.1", key).close()
+        Relay(here, here, ended.set, "127.0.0.1", key).close()
+    assert not ended.is_set()
     # A thread that was joined may be in the kernel's list for a moment.
     deadline = time.monotonic() + 20
     while any(now > then for now, then in zip(held(), before, strict=True)):
@@ -96,7 +112,7 @@ def test_nothing_is_left_of_a_relay(tmp_path: Path, key: PoolKey) -> None:
 def test_an_address_that_is_not_this_machines_leaves_nothing(key: PoolKey) -> None:
     before = len(os.listdir("/proc/self/task"))
     with pytest.raises(zmq.ZMQError):
-        Relay("ipc:///none", "ipc:///none", "192.0.2.1", key)
+        Relay("ipc:///none", "ipc:///none", lambda: None, "192.0.2.1", key)
     deadline = time.monotonic() + 20
     while len(os.listdir("/proc/self/task")) > before:
         assert time.monotonic() < deadline

@@ -199,10 +199,18 @@ class Harness:
         return call
 
     def await_engine(
-        self, name: str, client: bytes = ALICE, waited_s: float = 0.0
+        self,
+        name: str,
+        client: bytes = ALICE,
+        waited_s: float = 0.0,
+        *,
+        is_held: bool = False,
     ) -> int:
         call = self.call()
-        self.client(AwaitEngine(call=call, engine=name, waited_s=waited_s), client)
+        message = AwaitEngine(
+            call=call, engine=name, waited_s=waited_s, is_held=is_held
+        )
+        self.client(message, client)
         return call
 
     def end_await(self, call: int, client: bytes = ALICE) -> None:

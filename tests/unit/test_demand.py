@@ -270,6 +270,44 @@ def test_late_requests_at_the_leader_of_a_sleeper_wake_it() -> None:
     assert causes(there) == [("wake_up", "on demand: 2 waiting, for up to 0.00 s")]
 
 
+def held_by_a_sleeper(num_requests: int, **limits: float | None) -> Harness:
+    """They met "a" awake and reached it when it slept; pinned "b" has its place."""
+    there = pool(1, **limits)
+    there.load_ready(spec("a"))
+    there.sleep("a")
+    there.answer_all()
+    there.load_ready(EngineSpec("b", "/models/b", [0], pinned=True))
+    there.frontend_requests("a", num_requests)
+    return there
+
+
+def test_one_that_a_leader_holds_is_refused_where_nothing_makes_room() -> None:
+    there = held_by_a_sleeper(1)
+    there.look(5.0)
+    assert there.row("a").phase == "asleep"  # type: ignore[union-attr]
+    there.await_engine("a", is_held=True)
+    assert "no room" in refusal(there).reason
+    assert there.state.demand.callers == {}
+
+
+def test_one_that_a_leader_holds_is_in_the_queue_once() -> None:
+    there = held_by_a_sleeper(2, max_queue=2, max_wait_s=500.0)
+    there.state.engines[2].spec = spec("b")  # not pinned any more, and busy
+    there.frontend_requests("b", 9)
+    there.state.demand.min_residency_s = 60.0
+    calls = [there.await_engine("a", waited_s=1.0, is_held=True) for _ in range(2)]
+    assert not there.to_clients(EngineRefused)
+    assert there.state.demand.usage("a").last_call == -math.inf
+    view = outlook.draw(there.state, there.now)
+    assert [len(m.queue) for m in view.models if m.name == "a"] == [2]
+    there.await_engine("a")
+    assert "max_queue" in refusal(there).reason
+    there.state.demand.default_limits = Limits(max_wait_s=5.0)
+    there.now += 4.5
+    there.effects = there.pool.look_again(there.now)
+    assert [m.call for m in there.to_clients(EngineRefused)] == calls
+
+
 # ------------------------------------------------------------ what is refused
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from vllm_resident import (
     ProtocolError,
     RankLost,
     SwitchReport,
+    patching,
 )
+from vllm_resident.gateway import __main__ as gateway_process
 from vllm_resident.gateway import asgi, problems, residents
 from vllm_resident.gateway.app import MAX_TRIES, Gateway
 from vllm_resident.gateway.asgi import Bodies, Keys
@@ -69,14 +73,16 @@ class FakePool:
         self.refusal: EngineRefused | None = None
         self.hold: asyncio.Event | None = None
         self.turns: list[tuple[str, float]] = []
+        self.num_held = 0
         self.num_open = 0
         self.reports: list[dict[str, ModelCalls]] = []
         self.unloaded: dict[str, asyncio.Event] = {}
 
     async def wait(
-        self, name: str, waited_s: float = 0.0
+        self, name: str, waited_s: float = 0.0, *, is_held: bool = False
     ) -> AsyncIterator[EngineAwake | EngineRefused]:
         self.turns.append((name, waited_s))
+        self.num_held += is_held
         self.num_open += 1
         try:
             if self.error is not None:
@@ -177,6 +183,8 @@ class FakeFrontend:
         self.responses: set[str] = set()
         self.error: Exception | None = None
         self.begins_with = b""
+        # The request is with an engine that sleeps, until its caller has gone.
+        self.is_held = False
 
     async def open(self) -> None:
         if self.error is not None:
@@ -184,6 +192,10 @@ class FakeFrontend:
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
+        if self.is_held:
+            self.is_held = (await receive())["type"] != "http.disconnect"
+            await asgi.answer(send, 200, None)  # as vLLM does, to nobody
+            return
         if self.begins_with:
             await asgi.begin(send, 200, {"content-type": "text/plain"})
             part = {"type": "http.response.body", "body": self.begins_with}
@@ -213,9 +225,14 @@ class FakeFrontend:
 
 @contextlib.asynccontextmanager
 async def serving(
-    pool: FakePool, folder: Path, *, keys: tuple[str, ...] = (), operator: Any = None
+    pool: FakePool,
+    folder: Path,
+    *,
+    keys: tuple[str, ...] = (),
+    operator: Any = None,
+    relay: Any = None,
 ) -> AsyncIterator[Gateway]:
-    there = Residents(pool, pool, pool.build, folder)  # type: ignore[arg-type]
+    there = Residents(pool, pool, pool.build, folder, relay)  # type: ignore[arg-type]
     routes = PoolRoutes(pool, Keys(operator or ()), Bodies(), is_open=operator is None)  # type: ignore[arg-type]
     there.start()
     try:
@@ -463,6 +480,42 @@ async def test_one_that_falls_asleep_before_its_frontend_is_there_is_called_agai
         assert len(pool.built) == 1
 
 
+async def test_no_frontend_is_built_of_an_engine_that_has_gone(tmp_path: Path) -> None:
+    """While others were built: its leader would be listened for in vain."""
+    pool = FakePool(a="ready", b="ready")
+    build, may_build = pool.build, threading.Event()
+
+    def build_in_turn(*arguments: Any) -> FakeFrontend:
+        frontend = build(*arguments)
+        assert may_build.wait(10)
+        return frontend
+
+    pool.build = build_in_turn  # type: ignore[method-assign]
+    async with serving(pool, tmp_path) as app:
+        first = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(call(app, body={"model": "b"}))
+        await asyncio.sleep(0.1)
+        pool.unload("b")
+        await asyncio.sleep(0.05)
+        may_build.set()
+        assert ((await first)[0], (await second)[0]) == (200, 200)
+        assert [f.name for f in pool.built] == ["a", "b"]
+        assert [name for name, _ in pool.turns] == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "20"), ("7", "7")])
+def test_a_leader_is_not_listened_for_as_long_as_vllm_would(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    monkeypatch.setattr(patching, "activate", lambda: None)
+    monkeypatch.setattr(os, "environ", {})
+    if given is not None:
+        os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = given
+    gateway_process.prepare_imports()
+    assert os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] == kept
+
+
 async def test_a_frontend_that_does_not_open_is_closed(tmp_path: Path) -> None:
     """It holds threads and sockets; the next call tries again."""
     pool = FakePool(a="ready")
@@ -613,6 +666,78 @@ async def test_a_request_whose_engine_is_given_up_goes_to_the_next(
         assert app._residents.counts() == {"a": (0, 0)}
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residents, "ENDED_S", 0.05)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_request_that_reached_a_sleeper_is_within_the_limits(
+    tmp_path: Path,
+) -> None:
+    """It met the engine awake and is held by a leader that knows none."""
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].is_held = True
+        caller = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.05)
+        pool.turn("a", "draining")
+        await asyncio.sleep(0.1)
+        assert pool.num_held == 0
+        pool.refusal = EngineRefused(call=1, reason="no room", retry_after_s=2.0)
+        pool.turn("a", "asleep")
+        status, answer, headers = await caller
+        assert (status, answer["error"]["message"]) == (503, "no room")
+        assert headers["retry-after"] == "2"
+        assert not pool.built[0].is_held  # it was told to abort it
+        assert app._residents.counts() == {"a": (0, 0)}
+        assert (pool.num_held, pool.num_open) == (1, 0)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_one_that_a_sleeper_wakes_up_for_is_answered_once(
+    tmp_path: Path,
+) -> None:
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].hold = asyncio.Event()
+        caller = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.05)
+        for _ in range(3):  # it is said each second
+            pool.turn("a", "asleep")
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert (pool.num_held, pool.phases["a"], pool.num_open) == (1, "ready", 0)
+        pool.built[0].hold.set()
+        assert (await caller)[0] == 200
+        assert len(pool.built) == 1
+
+
+async def test_what_was_ended_or_begun_wakes_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residents, "ENDED_S", 0.3)
+    pool = FakePool(a="ready")
+    async with serving(pool, tmp_path) as app:
+        await call(app, body={"model": "a"})
+        frontend = pool.built[0]
+        for begins_with in (b"", b"begun and "):
+            pool.turn("a", "ready")
+            frontend.hold = asyncio.Event()
+            frontend.begins_with = begins_with
+            frontend.has_failed = bool(begins_with)
+            caller = asyncio.create_task(raw_call(app, b'{"model": "a"}'))
+            await asyncio.sleep(0.05)
+            pool.turn("a", "asleep")
+            await asyncio.sleep(0.5 if begins_with else 0.01)
+            frontend.hold.set()
+            assert await caller
+            await asyncio.sleep(0.5)
+        assert (pool.num_held, pool.phases["a"]) == (0, "asleep")
+
+
 async def test_an_answer_that_had_begun_ends_as_the_app_says(tmp_path: Path) -> None:
     pool = FakePool(a="ready")
     async with serving(pool, tmp_path) as app:
@@ -648,6 +773,46 @@ async def test_a_request_is_not_tried_for_ever(tmp_path: Path) -> None:
         assert "given up" in answer["error"]["message"]
         assert headers["retry-after"]
         assert len(pool.built) == MAX_TRIES
+
+
+class FakeRelay:
+    """`end` is what a real one's thread does when its leader does not read."""
+
+    def __init__(self, into: str, out: str, on_end: Callable[[], None]) -> None:
+        self.input_address, self.output_address = f"{into}+", f"{out}+"
+        self.is_closed = False
+        self._on_end = on_end
+
+    def end(self) -> None:
+        thread = threading.Thread(target=self._on_end)
+        thread.start()
+        thread.join()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+async def test_a_relay_that_ends_takes_its_attachment_along(tmp_path: Path) -> None:
+    """Nothing would come through any more; what waits for it goes there anew."""
+    pool = FakePool(a="ready")
+    relays: list[FakeRelay] = []
+
+    def relay(*arguments: Any) -> FakeRelay:
+        relays.append(FakeRelay(*arguments))
+        return relays[-1]
+
+    async with serving(pool, tmp_path, relay=relay) as app:
+        await call(app, body={"model": "a"})
+        pool.built[0].hold = asyncio.Event()
+        caller = asyncio.create_task(call(app, body={"model": "a"}))
+        await asyncio.sleep(0.05)
+        relays[0].end()
+        assert (await caller)[0] == 200
+        assert [f.is_closed for f in pool.built] == [True, False]
+        assert [r.is_closed for r in relays] == [True, False]
+        assert (await call(app, body={"model": "a"}))[0] == 200
+        assert len(pool.built) == 2
+    assert relays[1].is_closed
 
 
 async def test_an_engine_built_anew_gets_a_new_frontend(tmp_path: Path) -> None:

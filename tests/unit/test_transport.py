@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 
 import msgspec
 import pytest
 import zmq
 
+from vllm_resident.client.connection import ENDPOINT_VARIABLE, resolve_endpoint
 from vllm_resident.errors import CommandRejected, ProtocolError
 from vllm_resident.messages import (
     MAX_MESSAGE_BYTES,
@@ -126,7 +128,49 @@ def test_pool_directory_and_endpoint(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/me")
     assert str(pool_directory("p")) == "/run/me/vllm-resident/p"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert str(os.getuid()) in str(pool_directory("p"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    parent = tmp_path / f"vllm-resident-{os.getuid()}"
+    for _ in range(2):
+        assert pool_directory("p") == parent / "p"
+        assert stat.S_IMODE(parent.stat().st_mode) == 0o700
+
+
+def of_another_user(folder):
+    folder.mkdir(mode=0o700)
+    if os.getuid() != 0:
+        pytest.skip("only root gives folders away")
+    os.chown(folder, 65534, -1)
+
+
+def open_to_others(folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def a_link(folder):
+    (folder.parent / "theirs").mkdir(mode=0o700)
+    folder.symlink_to(folder.parent / "theirs")
+
+
+def a_file(folder):
+    folder.touch(mode=0o600)
+
+
+@pytest.mark.parametrize("make", [of_another_user, open_to_others, a_link, a_file])
+def test_a_folder_that_others_have_made_is_not_the_pools(monkeypatch, tmp_path, make):
+    """In the temporary folder anybody may come first: neither a pool nor its clients
+    (and so no rank) go there."""
+    for name in ("VLLM_RESIDENT_DIR", "XDG_RUNTIME_DIR", ENDPOINT_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make(tmp_path / f"vllm-resident-{os.getuid()}")
+    with pytest.raises(CommandRejected, match="not this user's alone"):
+        pool_directory("p")
+    with pytest.raises(CommandRejected, match="VLLM_RESIDENT_DIR"):
+        resolve_endpoint(None, "p")
+    # Where the operator says so, it is the operator's to know.
+    monkeypatch.setenv("VLLM_RESIDENT_DIR", str(tmp_path))
+    assert resolve_endpoint(None, "p") == f"ipc://{tmp_path}/p/controller.sock"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".x", "x" * 33, "a b", "a\n"])

@@ -48,10 +48,16 @@ def await_engine(
     name = command.engine
     waited_s = command.waited_s if 0 <= command.waited_s < math.inf else 0.0
     caller = Caller(
-        client, command.call, name, now - waited_s, now + PROGRESS_INTERVAL_S
+        client,
+        command.call,
+        name,
+        now - waited_s,
+        now + PROGRESS_INTERVAL_S,
+        command.is_held,
     )
     is_up = _awake(state, name) is not None
-    if not is_up and (refused := _refusal(state, name, now)):
+    refused = None if is_up else _refusal(state, name, now, is_held=command.is_held)
+    if refused:
         _answer_refused(state, caller, refused)
         return
     state.demand.callers[client, command.call] = caller
@@ -59,7 +65,9 @@ def await_engine(
         usage.note_calls(state.demand.usage(name), 1, now)
 
 
-def _refusal(state: PoolState, name: str, now: float) -> Refused | None:
+def _refusal(
+    state: PoolState, name: str, now: float, *, is_held: bool = False
+) -> Refused | None:
     failed = state.failed.get(name)
     is_known = name in _known(state)
     if failed and failed.error and not is_known:
@@ -77,7 +85,7 @@ def _refusal(state: PoolState, name: str, now: float) -> Refused | None:
             "there",
             STARTING_S,
         )
-    return policy.admit(view, name, now)
+    return policy.admit(view, name, now, is_queued=is_held)
 
 
 def _backing_off(name: str, known: usage.Usage, now: float) -> Refused:
@@ -197,7 +205,7 @@ def _put_to_sleep(state: PoolState, name: str, now: float) -> None:
 
 
 def _give_up(state: PoolState, action: GiveUp, now: float) -> None:
-    """Of those that wait at a leader nobody is told: their frontend has them."""
+    """Of those that wait at a leader, whoever announced them as held is told."""
     max_wait_s = state.demand.limits_of(action.model).max_wait_s
     assert max_wait_s is not None
     late = [

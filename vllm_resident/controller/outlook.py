@@ -74,7 +74,7 @@ def _model(
         spec = engine.spec
         phase, until = _phase(state, engine, costs, known, now)
         ranks = tuple(engine.ranks)
-        arrivals += _held(engine)
+        arrivals += _held(engine, waiting)
     if now < known.retry_at:
         # It is left alone: who calls it is told so, and who waits at its leader waits.
         limits = Limits(limits.max_queue, limits.max_wait_s)
@@ -148,12 +148,13 @@ def _in_flight(state: PoolState, engine: Engine, told: Mapping[int, int]) -> int
     return max(requests.in_flight(state, engine), told.get(engine.generation, 0))
 
 
-def _held(engine: Engine) -> list[float]:
-    """Requests that reached the leader when the engine slept already: they wait there,
-    as if they had been announced."""
+def _held(engine: Engine, waiting: Sequence[Caller]) -> list[float]:
+    """Requests that reached the leader when the engine slept already, beside those
+    that were announced since: they wait there, as if they had been."""
     if engine.phase is not _P.ASLEEP:
         return []
-    return [engine.last_used] * engine.num_frontend_requests
+    num_announced = sum(caller.is_held for caller in waiting)
+    return [engine.last_used] * (engine.num_frontend_requests - num_announced)
 
 
 def _listed(spec: EngineSpec) -> tuple[int, ...]:

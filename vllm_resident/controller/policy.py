@@ -227,8 +227,11 @@ def waiting_since(model: ModelView) -> float:
     return max(model.queue[0], model.down_since)
 
 
-def admit(pool: PoolView, name: str, now: float) -> Refused | None:
-    """Why a request for the model `name` cannot be queued; None where it can."""
+def admit(
+    pool: PoolView, name: str, now: float, *, is_queued: bool = False
+) -> Refused | None:
+    """Why a request for the model `name` cannot be queued, or, where it `is_queued`,
+    cannot stay; None where it can."""
     model = next((m for m in pool.models if m.name == name), None)
     if model is None:
         return unknown_model(name, [m.name for m in pool.models])
@@ -241,7 +244,8 @@ def admit(pool: PoolView, name: str, now: float) -> Refused | None:
         )
         return Refused(text, retry_s)
     limits = model.limits
-    if limits.max_queue is not None and len(model.queue) >= limits.max_queue:
+    is_full = limits.max_queue is not None and len(model.queue) >= limits.max_queue
+    if is_full and not is_queued:
         text = f"model {name!r}: {len(model.queue)} requests wait (max_queue)"
         return Refused(text, wait_s)
     if limits.max_wait_s is not None and wait_s > limits.max_wait_s:

@@ -56,6 +56,8 @@ class Caller:
     engine: str
     arrived: float
     next_progress: float
+    # Among the leader's own count, too.
+    is_held: bool = False
     told_at: float | None = None
     generation: int = 0
 

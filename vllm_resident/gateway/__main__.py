@@ -40,6 +40,9 @@ log = logging.getLogger("vllm_resident.gateway")
 DEFAULT_ADDRESS = "127.0.0.1:8000"
 # A controller that does not answer for so long is not there: callers wait on it.
 CONNECT_TIMEOUT_S = 5.0
+# A leader has said that it is ready before its frontend is built, or never will: where
+# it went away meanwhile vLLM waits ten minutes, and every other build with it.
+READY_TIMEOUT_S = 20
 # What is being answered when the gateway is told to stop may go on for so long.
 GRACE_S = 10
 
@@ -124,11 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             raise CommandRejected(
                 f"{options.http} listens beyond this machine: give it an --api-key"
             )
-        # As ranks do: both ends must be of the same vLLM. Before the first import.
-        os.environ.update(patching.FLAGS)
-        # The cores are the ranks': what torch computes here is next to nothing.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        patching.activate()
+        prepare_imports()
         directory = transport.ensure_private(transport.pool_directory(options.pool))
         key = process_arguments.read_key(options)
     except ResidentError as error:
@@ -138,6 +137,16 @@ def main(argv: list[str] | None = None) -> int:
     import uvloop
 
     return uvloop.run(_serve(options, host, port, directory, key))
+
+
+def prepare_imports() -> None:
+    """What must be so before torch and vLLM are imported."""
+    # As ranks do: both ends must be of the same vLLM.
+    os.environ.update(patching.FLAGS)
+    # The cores are the ranks': what torch computes here is next to nothing.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", str(READY_TIMEOUT_S))
+    patching.activate()
 
 
 async def _serve(

@@ -141,7 +141,8 @@ class Gateway:
         self, name: str, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> bool:
         """Whether the model's app has answered: not where the engine was given up (for
-        a budget, for other ranks) when the request was on its way to it."""
+        a budget, for other ranks) when the request was on its way to it. Raises
+        `Problem` where it had fallen asleep, and does not come up again for this."""
         gone = asyncio.ensure_future(asgi.gone(receive))
         try:
             async with self._residents.serving(name, gone) as visit:
@@ -150,16 +151,18 @@ class Gateway:
                 await asyncio.wait({gone})
                 if not gone.cancelled():
                     raise Disconnected
-                answer = asgi.HeldAnswer(send, lambda: visit.is_withdrawn)
-                given = asgi.replayed(body, receive)
+                answer = asgi.HeldAnswer(send, visit.begin_answer)
+                given = asgi.replayed(body, receive, visit.refusal)
                 try:
                     # The app writes into its scope.
                     await visit.app(dict(scope), given, answer.send)
                 except Exception as error:
-                    if not answer.is_taken_back:
+                    if not visit.is_withdrawn:
                         raise
                     log.info("event=withdrawn model=%s error=%r", name, error)
-                return not answer.is_taken_back
+                if visit.is_withdrawn and visit.refusal.done():
+                    raise visit.refusal.result()
+                return not visit.is_withdrawn
         finally:
             gone.cancel()
 

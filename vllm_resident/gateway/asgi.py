@@ -6,6 +6,7 @@ Pure: knows neither the pool nor vLLM.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -108,43 +109,64 @@ def _too_large() -> Problem:
     return Problem(413, f"the body is larger than {limit} MiB")
 
 
-def replayed(body: bytes, receive: Receive) -> Receive:
+def replayed(
+    body: bytes, receive: Receive, ended: asyncio.Future[Any] | None = None
+) -> Receive:
     """A `receive` that gives a body that was read already, then what comes after it:
-    that the caller goes away."""
+    that the caller goes away, also when `ended` is done."""
     is_given = False
 
     async def receive_again() -> Message:
         nonlocal is_given
-        if is_given:
+        if is_given and ended is None:
             return await receive()
+        if is_given:
+            return await _received(receive, ended)
         is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_again
 
 
-class HeldAnswer:
-    """An answer that goes on from the first byte of its body. One that `is_void` by
-    then does not: it is taken back, and nobody has seen it."""
+async def _received(receive: Receive, ended: asyncio.Future[Any]) -> Message:
+    """In the task of whoever asks: an app that sends without a pause hears at once that
+    its caller has gone."""
+    gone = {"type": "http.disconnect"}
+    if ended.done():
+        return gone
 
-    def __init__(self, send: Send, is_void: Callable[[], bool]) -> None:
+    def end(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # something was received just now
+            limit.reschedule(0)
+
+    try:
+        async with asyncio.timeout(None) as limit:
+            ended.add_done_callback(end)
+            return await receive()
+    except TimeoutError:
+        return gone
+    finally:
+        ended.remove_done_callback(end)
+
+
+class HeldAnswer:
+    """An answer that goes on from the first byte of its body. One that may not begin
+    then does not, and nobody has seen it."""
+
+    def __init__(self, send: Send, begin: Callable[[], bool]) -> None:
         self._send = send
-        self._is_void = is_void
+        self._begin = begin
         self._start: Message | None = None
-        self._has_begun = False
-        self.is_taken_back = False
 
     async def send(self, message: Message) -> None:
-        if not self._has_begun and not self.is_taken_back:
-            self.is_taken_back = self._is_void()
-        if self.is_taken_back:
-            return
         if message["type"] == "http.response.start":
             self._start = message
             return
-        if not self._has_begun and self._start is not None:
-            self._has_begun = True
-            await self._send(self._start)
+        if not self._begin():
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            await self._send(start)
         await self._send(message)
 
 

@@ -71,8 +71,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, crowd: Crowd, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._crowd = crowd
-        # Of the head that is being read, as it came; None between head and answer.
-        self._num_head_bytes: int | None = 0
+        # Between a head and the next what comes is body, or at a body's end trailers.
+        self._is_in_head = True
+        # As they came, of what is no body: of a head, of trailers.
+        self._num_head_bytes = 0
         self._is_refused = False
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -94,19 +96,24 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if self._num_head_bytes is not None:
-            self._num_head_bytes += len(data)
+        self._num_head_bytes += len(data)
         super().data_received(data)
-        if (self._num_head_bytes or 0) > MAX_HEAD_BYTES:
+        if self._num_head_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
 
     # What the parser finds may go on after a refusal, until the data is at its end.
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self._num_head_bytes is None:
+        if not self._is_in_head:
+            self._is_in_head = True
             self._num_head_bytes = 0
             self._await_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Trailers are dropped: uvicorn (0.54) adds them to the request's headers.
+        if self._is_in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         num_bytes = len(self.url) + sum(len(name) + len(v) for name, v in self.headers)
@@ -114,12 +121,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse_head()
         if self._is_refused:
             return
-        self._num_head_bytes = None
+        self._is_in_head = False
+        self._num_head_bytes = 0
         self._crowd.idle.pop(self, None)
         self._stop_timer("head")
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._num_head_bytes = 0
         if not self._is_refused:
             super().on_body(body)
 
@@ -161,12 +170,14 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, status: HTTPStatus, why: str) -> None:
-        """Answer, once, and close; where an answer is under way, only close. What the
-        caller still sends is read for a moment: a reset would overtake the answer."""
+        """Answer, once, and close; where the request has its answer or is getting one,
+        only close. What the caller still sends is read for a moment: a reset would
+        overtake the answer."""
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True
-        if self.cycle is not None and not self.cycle.response_complete:
+        is_under_way = self.cycle is not None and not self.cycle.response_complete
+        if is_under_way or not self._is_in_head:
             self.transport.close()
             return
         self.transport.write(_whole_answer(status, why))

@@ -83,7 +83,8 @@ class VllmFrontend:
         """Listen at the two addresses until the engine's leader says that it is ready,
         which it has been asked to. Blocks for seconds; not on the event loop.
 
-        Raises `CommandRejected` for an engine that no frontend can be built of.
+        Raises `CommandRejected` for an engine that no frontend can be built of, and
+        where its leader does not say so in time (VLLM_ENGINE_READY_TIMEOUT_S).
         """
         # Just as a rank configures it: both must see the same model and limits.
         config = configure(
@@ -97,15 +98,18 @@ class VllmFrontend:
             spec.model, config, spec.engine_args, spec.frontend_args
         )
         registry = CollectorRegistry()
-        llm = AsyncLLM.from_vllm_config(
-            config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[_stat_logger(registry)],
-            client_addresses={
-                "input_address": input_address,
-                "output_address": output_address,
-            },
-        )
+        try:
+            llm = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[_stat_logger(registry)],
+                client_addresses={
+                    "input_address": input_address,
+                    "output_address": output_address,
+                },
+            )
+        except TimeoutError as error:
+            raise CommandRejected("its leader did not say that it is ready") from error
         tell_refusals(llm.output_processor)
         arguments.served_model_name = [spec.name]
         arguments.api_key = list(api_keys) or None

@@ -30,10 +30,19 @@ class Relay:
     are what its leader is to be told.
 
     `into` and `out` are the addresses of the frontend, which need not listen yet. Close
-    it once the frontend is detached; may be called twice.
+    it once the frontend is detached; may be called twice. `on_end` is called on the
+    thread if that ends before: a leader that does not read, or is not there any more.
     """
 
-    def __init__(self, into: str, out: str, address: str, key: PoolKey) -> None:
+    def __init__(
+        self,
+        into: str,
+        out: str,
+        on_end: Callable[[], None],
+        address: str,
+        key: PoolKey,
+    ) -> None:
+        self._on_end = on_end
         self._context: zmq.Context[Any] = zmq.Context()
         self._guard = contextlib.ExitStack()
         self._guard.enter_context(keys.guarded(self._context, key))
@@ -73,6 +82,17 @@ class Relay:
         self._end = -1
 
     def _run(self) -> None:
+        was_asked_to_end = False
+        try:
+            was_asked_to_end = self._carry()
+        except zmq.ZMQError as error:
+            log.error("event=relay_ended why=%r", str(error))
+        finally:
+            if not was_asked_to_end:
+                self._on_end()
+
+    def _carry(self) -> bool:
+        """Whether it was asked to end."""
         poller = zmq.Poller()
         poller.register(self._end, zmq.POLLIN)
         for source in self._ways:
@@ -80,11 +100,11 @@ class Relay:
         while True:
             ready = dict(poller.poll())
             if self._end in ready:
-                return
+                return True
             for source in self._ways.keys() & ready.keys():
                 if not _forward(source, self._ways[source].send_multipart):
                     log.error("event=relay_ended why='its peer does not read'")
-                    return
+                    return False
 
 
 def _forward(source: zmq.Socket[Any], send: Callable[..., Any]) -> bool:

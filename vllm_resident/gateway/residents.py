@@ -17,6 +17,7 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ from vllm_resident.errors import PoolUnreachable, ResidentError
 from vllm_resident.gateway import problems
 from vllm_resident.gateway.asgi import App, Disconnected
 from vllm_resident.gateway.attachment import Attachments
+from vllm_resident.gateway.problems import Problem
 from vllm_resident.gateway.relay import Relay
 from vllm_resident.gateway.turns import Turns
 from vllm_resident.messages import (
@@ -48,6 +50,9 @@ MAX_FRONTENDS = 16
 POLL_S = 0.05
 # What was served is reported so often.
 REPORT_S = 1.0
+# What an engine ended as it fell asleep is answered within this; what has no answer
+# then waits for it to wake up.
+ENDED_S = 1.0
 
 
 class Frontend(Protocol):
@@ -70,8 +75,9 @@ class Frontend(Protocol):
 Build = Callable[[EngineSpec, str, str], Frontend]
 
 
-# What makes one, for leaders on other machines, of the same two addresses.
-MakeRelay = Callable[[str, str], Relay]
+# What makes one, for leaders on other machines, of the same two addresses; calls back
+# on another thread when it ends by itself.
+MakeRelay = Callable[[str, str, Callable[[], None]], Relay]
 
 
 @dataclass
@@ -88,7 +94,7 @@ class Served:
     attachment: asyncio.Task[None] | None = None
     attaching: asyncio.Task[None] | None = None
     num_waiting: int = 0
-    num_in_flight: int = 0
+    visits: set[Visit] = field(default_factory=set)
     last_used: float = field(default_factory=time.monotonic)
     # Since the last report.
     num_begun: int = 0
@@ -102,6 +108,10 @@ class Served:
         return self.frontend is not None and self.phase == "ready"
 
     @property
+    def num_in_flight(self) -> int:
+        return len(self.visits)
+
+    @property
     def is_wanted(self) -> bool:
         return self.num_waiting + self.num_in_flight > 0
 
@@ -113,18 +123,35 @@ class Served:
         return calls
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Visit:
     """One request with a model's frontend. If it `is_withdrawn`, the engine was given
-    up meanwhile: what the app says of that is no answer."""
+    up before the answer began, or does not wake up for it (then there is a `refusal`):
+    what the app says of that is no answer."""
 
     app: App
     served: Served
     num_withdrawn: int
+    refusal: asyncio.Future[Problem]
+    has_begun: bool = False
+    # Asks the pool whether the engine, which sleeps, wakes up for it.
+    asking: asyncio.Task[None] | None = None
 
     @property
     def is_withdrawn(self) -> bool:
-        return self.served.num_withdrawn != self.num_withdrawn
+        was_given_up = self.served.num_withdrawn != self.num_withdrawn
+        return not self.has_begun and (was_given_up or self.refusal.done())
+
+    def begin_answer(self) -> bool:
+        """From here on the answer is the app's, whatever comes; False if it has come
+        already."""
+        self.has_begun = not self.is_withdrawn
+        return self.has_begun
+
+    def refuse(self, problem: Problem) -> None:
+        """No-op where the answer has begun."""
+        if not self.has_begun:
+            self.refusal.set_result(problem)
 
 
 class Residents:
@@ -197,12 +224,16 @@ class Residents:
         else:
             turn = await self._turn(served, gone)
         assert served.frontend is not None
-        served.num_in_flight += 1
+        refusal: asyncio.Future[Problem] = asyncio.get_running_loop().create_future()
+        visit = Visit(served.frontend.app, served, served.num_withdrawn, refusal)
+        served.visits.add(visit)
         began = time.monotonic()
         try:
-            yield Visit(served.frontend.app, served, served.num_withdrawn)
+            yield visit
         finally:
-            served.num_in_flight -= 1
+            served.visits.remove(visit)
+            if visit.asking is not None:
+                visit.asking.cancel()
             served.last_used = time.monotonic()
             served.num_ended += 1
             served.service_s += served.last_used - began
@@ -250,6 +281,32 @@ class Residents:
             await asyncio.shield(self._attached(served))
         elif served.phase != "ready":
             await asyncio.sleep(POLL_S)
+
+    def _is_told(self, served: Served, phase: str) -> None:
+        """Of its engine's phase, each second and whenever it changes. Calls that met it
+        awake may have reached it asleep: they are held there, within no limits."""
+        served.phase = phase
+        if phase != "asleep":
+            return
+        for visit in served.visits:
+            is_asking = visit.asking is not None and not visit.asking.done()
+            if not (is_asking or visit.has_begun or visit.refusal.done()):
+                visit.asking = asyncio.create_task(
+                    self._ask(visit), name=f"ask for {served.name}"
+                )
+
+    async def _ask(self, visit: Visit) -> None:
+        """Announce it to the pool as a call that comes now; refuse it as that does."""
+        name = visit.served.name
+        await asyncio.sleep(ENDED_S)
+        turn = self._turns.wait(name, ENDED_S, is_held=True)
+        try:
+            async with contextlib.aclosing(turn):
+                answer = await anext(turn)
+            if isinstance(answer, EngineRefused):
+                visit.refuse(problems.of_refusal(answer))
+        except ResidentError as error:
+            visit.refuse(problems.of_model(name, error))
 
     async def _report(self) -> None:
         """Tell the pool of the calls it did not hear of, while there are any."""
@@ -312,13 +369,15 @@ class Residents:
         attached: asyncio.Future[FrontendAttached] = (
             asyncio.get_running_loop().create_future()
         )
-        served.attachment = asyncio.create_task(
+        attachment = served.attachment = asyncio.create_task(
             self._follow(served, into, out, attached), name=f"attach {served.name}"
         )
         try:
             reply = await attached
             began = time.monotonic()
             async with self._building:
+                if attachment.done():
+                    return  # nobody would answer; who waits asks for its turn again
                 frontend = await asyncio.to_thread(self._build, reply.spec, into, out)
             await _opened(frontend)
         except BaseException:
@@ -348,11 +407,11 @@ class Residents:
         error: Exception = PoolUnreachable("the attachment ended")
 
         def on_progress(progress: Progress) -> None:
-            served.phase = progress.phase
+            self._is_told(served, progress.phase)
 
         try:
             async with (
-                self._reachable(into, out) as addresses,
+                self._reachable(served, into, out) as addresses,
                 contextlib.aclosing(
                     self._attachments.attach(served.name, *addresses, on_progress)
                 ) as replies,
@@ -379,16 +438,26 @@ class Residents:
         self._forget_if_unused(served)
 
     @asynccontextmanager
-    async def _reachable(self, into: str, out: str) -> AsyncIterator[tuple[str, str]]:
-        """The two addresses as the leader is to be told them, while it is attached."""
+    async def _reachable(
+        self, served: Served, into: str, out: str
+    ) -> AsyncIterator[tuple[str, str]]:
+        """The two addresses as the leader is to be told them, while it is attached.
+        Raises `PoolUnreachable` as soon as what lies between has ended."""
         if self._relay is None:
             yield into, out
             return
-        relay = await asyncio.to_thread(self._relay, into, out)
+        loop = asyncio.get_running_loop()
         try:
-            yield relay.input_address, relay.output_address
-        finally:
-            await asyncio.to_thread(relay.close)
+            async with asyncio.timeout(None) as limit:
+                end = partial(loop.call_soon_threadsafe, limit.reschedule, loop.time())
+                relay = await asyncio.to_thread(self._relay, into, out, end)
+                try:
+                    yield relay.input_address, relay.output_address
+                finally:
+                    await asyncio.to_thread(relay.close)
+        except TimeoutError as error:
+            served.num_withdrawn += 1
+            raise PoolUnreachable("the relay to its leader ended") from error
 
     async def _release(self, served: Served) -> None:
         """Detach and close its frontend, if there is one."""

@@ -28,16 +28,20 @@ class Turns:
         self._connection = connection
 
     async def wait(
-        self, model: str, waited_s: float = 0.0
+        self, model: str, waited_s: float = 0.0, *, is_held: bool = False
     ) -> AsyncGenerator[EngineAwake | EngineRefused]:
         """Yields once: when the model is up, or when it is known that it will not be.
         Until the iterator is left the call counts as one of the model's requests.
 
-        `waited_s` is how long it has waited before. Raises a `ResidentError` where the
+        `waited_s` is how long it has waited before; one that `is_held` waits with the
+        engine's leader. Raises a `ResidentError` where the
         pool stops or does not answer.
         """
         command = AwaitEngine(
-            call=self._connection.next_call(), engine=model, waited_s=waited_s
+            call=self._connection.next_call(),
+            engine=model,
+            waited_s=waited_s,
+            is_held=is_held,
         )
         replies = self._connection.replies(command, float("inf"))
         async with contextlib.aclosing(replies):

@@ -124,11 +124,13 @@ class AwaitEngine(FromClient, frozen=True, kw_only=True):
 
     Answered by `EngineAwake`, or `EngineRefused`; `Progress` until then. It is open
     until `EndAwait`: so long it counts as one of the model's requests. `waited_s` is
-    what it has waited already, in an earlier call.
+    what it has waited already, in an earlier call. One that `is_held` is with the
+    leader of its engine, which sleeps, and in the leader's own count.
     """
 
     engine: str
     waited_s: float = 0.0
+    is_held: bool = False
 
 
 class EndAwait(FromClient, frozen=True, kw_only=True):
