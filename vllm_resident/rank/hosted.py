@@ -47,6 +47,8 @@ class Hosted:
     requests: Requests | None = None
     frontends: Frontends | None = None
     failed: bool = False
+    # From the command to build it to the answer.
+    is_building: bool = False
     # Of a leader: by whom it is held, and for which world (`Serving.hold`).
     holds: set[tuple[int, int]] = field(default_factory=set)
     close_deadline: float | None = None
