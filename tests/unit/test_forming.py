@@ -3,9 +3,9 @@
 The controller is the real one; ranks are modelled as `rank/loop.py`, `rank/beside.py`
 and `rank/world.py` behave where they wait: commands one by one in the order they came,
 a meeting in which the rank goes on stepping until all have come, a hold at the same
-step on all ranks of an engine, then nothing else until the world is formed. A random
-scheduler decides who does what next. What would break this is tried too: the same model
-must then lock up.
+step on all ranks of an engine, a second meeting of those that are held, then nothing
+else until the world is formed. A random scheduler decides who does what next. What
+would break this is tried too: the same model must then lock up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from msgspec import structs
 
 from tests.unit.controller_harness import Harness, answer, spec
 from vllm_resident.controller.effects import Effect, SendToRank
@@ -70,7 +71,9 @@ class ModelRank:
     inbox: list[ToRankMessage] = field(default_factory=list)
     engines: dict[int, ModelEngine] = field(default_factory=dict)
     forming: BuildEngine | None = None
-    stage: str = "meet"  # then "hold", then "form"
+    stage: str = "meet"  # then "hold", perhaps "held", and "form"
+    # Whether it said at the meeting that other ranks lead what is to be held.
+    waits_for_leaders: bool = False
     # (generation, step) of the collective it is in.
     collective: tuple[int, int] | None = None
 
@@ -183,6 +186,10 @@ class ModelPool:
                 self.reply(rank, command)
             case BuildEngine():
                 rank.forming, rank.stage = command, "meet"
+                rank.waits_for_leaders = any(
+                    each.steps and each.ranks[0] != rank.number
+                    for each in rank.engines.values()
+                )
             case SuspendEngine() | CloseEngine() if engine is not None:
                 engine.ending = command
                 self.stop(rank, engine)
@@ -219,6 +226,9 @@ class ModelPool:
         if rank.stage == "meet":
             there = [self.ranks[each].forming for each in ranks]
             return all(each and each.generation == generation for each in there)
+        if rank.stage == "held":
+            stages = [self.ranks[each].stage for each in ranks]
+            return not {"meet", "hold"} & set(stages)
         return self.broken in ("deaf", "no hold") or all(
             each.stopped or generation in each.held
             for each in rank.engines.values()
@@ -232,8 +242,14 @@ class ModelPool:
             rank.stage = "hold"
             self.wish(rank, "hold", generation)
             return
-        rank.stage = "form"
         members = [self.ranks[each] for each in rank.engines[generation].ranks]
+        meets_again = self.broken not in ("met once", "no hold") and any(
+            each.waits_for_leaders for each in members
+        )
+        if rank.stage == "hold" and meets_again:
+            rank.stage = "held"
+            return
+        rank.stage = "form"
         if all(each.stage == "form" for each in members):
             self.num_formed += 1
             for each in members:
@@ -332,6 +348,33 @@ def test_two_thousand_interleavings_never_lock_up() -> None:
     assert not stuck
     assert num_formed > 4000
     assert num_steps > 100
+
+
+def cross_locked_up(seeds: range, broken: str = "") -> list[int]:
+    """Two engines serve on a pair of ranks each; a world over the first and the last
+    rank forms, and one over the two between. Each has a rank that the other's follower
+    needs: its leader. The seeds that ended with somebody waiting."""
+    stuck = []
+    for seed in seeds:
+        pool = ModelPool(seed, broken)
+        for each in (spec("left", [0, 1]), spec("right", [2, 3])):
+            pool.harness.load(each)
+            pool.deliver(pool.harness.effects)
+            while pool.move():
+                pass
+        for each in (spec("outer", [0, 3]), spec("inner", [1, 2])):
+            pool.harness.load(structs.replace(each, asleep=True))
+            pool.deliver(pool.harness.effects)
+        while pool.move():
+            pass
+        if pool.stuck():
+            stuck.append(seed)
+    return stuck
+
+
+def test_worlds_that_need_each_others_leaders_form() -> None:
+    assert not cross_locked_up(range(200))
+    assert cross_locked_up(range(200), "met once")
 
 
 @pytest.mark.parametrize("broken", ["any order", "deaf", "no hold"])

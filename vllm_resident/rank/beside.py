@@ -41,11 +41,15 @@ class Beside:
         self._step = step
 
     def serve(self) -> None:
-        """While the others of a world to be formed are not there yet: a step of each
-        engine, of several ranks too."""
+        """While the others of a world to be formed are not there or not held yet: a
+        step of each engine, of several ranks too, and what followers ask."""
         self._hear()
         for hosted in self._engines:
             self._step_beside(hosted)
+
+    def waits_for_leaders(self) -> bool:
+        """Whether an engine of several ranks, which another rank leads, may be here."""
+        return any(each.follower is not None for each in self._shared())
 
     def hold(self) -> bool:
         """Have the engines of several ranks here stopped, each at the same step on all
