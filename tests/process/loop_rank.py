@@ -22,13 +22,17 @@ from vllm_resident.messages import (
     BuildEngine,
     DropEngine,
     EngineClosed,
+    EngineMemory,
     ExitRank,
     PrepareEngine,
+    SuspendEngine,
     ToRankMessage,
 )
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.hosted import Hosted
+from vllm_resident.rank.lockstep import Wish
 from vllm_resident.rank.loop import RankLoop
+from vllm_resident.rank.transfer import Moved
 
 BUILT, OTHER, LAST = 1, 2, 3
 
@@ -79,6 +83,12 @@ class Rank:
         """The generations whose end was reported since the last call."""
         said = self.control._outbox.take_all()
         return [each.generation for each in said if isinstance(each, EngineClosed)]
+
+    def said(self) -> list[str]:
+        """The kinds of what was said since the last call, but for phases."""
+        said = self.control._outbox.take_all()
+        names = [type(each).__name__ for each in said]
+        return [each for each in names if each.startswith("Engine")]
 
     def run(self) -> None:
         """Until everything that was told is done."""
@@ -166,6 +176,87 @@ def drop_behind_what_came_with_the_build() -> dict[str, Any]:
     rank.meanwhile = lambda: rank.hear(prepare(LAST), drop(OTHER))
     rank.tell(build(BUILT), prepare(OTHER), build(OTHER))
     return _drop_behind(rank)
+
+
+class FakeEngine:
+    """Has work for some steps; its own leader and requests, as far as asked."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.sleep_level = 0
+        self.has_pending = False
+        self.has_stopped = False
+        self.wishes: list[tuple[int, Wish]] = []
+        self.world = SimpleNamespace(enter=lambda: None)
+        self.numbers: list[int] = []
+
+    @property
+    def has_work(self) -> bool:
+        return self.num_steps > 0
+
+    def step(self) -> list[Any]:
+        self.num_steps -= 1
+        return []
+
+    def collect(self, outputs: list[Any]) -> list[Any]:
+        return outputs
+
+    def settle(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.has_stopped = True
+
+    def take_wishes(self) -> list[tuple[int, Wish]]:
+        wishes, self.wishes = self.wishes, []
+        return wishes
+
+    def check_sleep(self, level: int) -> None:
+        pass
+
+    def sleep(self, level: int, start: Callable[[str], None]) -> Moved:
+        self.sleep_level = level
+        return Moved()
+
+    def memory(self) -> EngineMemory:
+        return EngineMemory()
+
+    def release(self, *, orderly: bool) -> None:
+        pass
+
+
+def _held_rank() -> tuple[Rank, FakeEngine]:
+    """Its engine is held by a follower, has work, and is told to sleep."""
+    rank, engine = Rank(), FakeEngine(num_steps=3)
+    fake: Any = engine
+    hosted = rank.host(OTHER, engine=fake, leader=fake, requests=fake)
+    hosted.holds.add((1, LAST))
+    rank.loop._survive(
+        SuspendEngine(generation=OTHER, level=1, timeout_s=2.0, finish_s=1.0)
+    )
+    return rank, engine
+
+
+def sleep_while_held() -> dict[str, Any]:
+    """Its work is done when the follower holds it no longer."""
+    rank, engine = _held_rank()
+    rank.loop._step_engines()
+    held = [rank.said(), engine.num_steps, engine.has_stopped]
+    engine.wishes.append((1, Wish(LAST, done=True)))
+    rank.loop._step_engines()
+    return {
+        "held": held,
+        "free": [rank.said(), engine.num_steps, engine.has_stopped],
+        "level": engine.sleep_level,
+    }
+
+
+def drop_while_held() -> dict[str, Any]:
+    """The follower is dead: it will hold it for ever."""
+    rank, _ = _held_rank()
+    rank.tell(drop(OTHER))
+    rank.run()
+    return {"said": rank.said(), "left": rank.loop.generations()}
 
 
 def main() -> None:

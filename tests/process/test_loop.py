@@ -19,6 +19,8 @@ SCENARIOS = [
     "drop_of_what_is_building",
     "drop_behind_what_was_heard",
     "drop_behind_what_came_with_the_build",
+    "sleep_while_held",
+    "drop_while_held",
 ]
 BUILT, OTHER, LAST = 1, 2, 3
 
@@ -66,3 +68,17 @@ def test_what_is_given_up_beside_a_build_does_not_come_back_after_it(
     result = results[f"drop_behind_what_{what}"]
     assert result["told"] == [["build", BUILT], ["prepare", LAST]]
     assert result["closed"] == [OTHER]
+
+
+def test_an_engine_that_is_held_sleeps_when_it_is_free(results: Results) -> None:
+    """Until then its leader does what else there is to do."""
+    result = results["sleep_while_held"]
+    assert result["held"] == [[], 3, False]
+    assert result["free"] == [["EngineSuspended"], 0, True]
+    assert result["level"] == 1
+
+
+def test_an_engine_held_by_a_dead_follower_can_be_given_up(results: Results) -> None:
+    result = results["drop_while_held"]
+    assert result["said"] == ["EngineClosed"]
+    assert result["left"] == []

@@ -152,14 +152,18 @@ class ModelPool:
     def moves(self, rank: ModelRank) -> Iterator[Move]:
         if rank.collective is not None or rank.stage == "form":
             return
-        if rank.forming is None and rank.inbox:
+        alone = self.broken == "stops alone" and any(
+            self.is_to_stop(rank, each) for each in rank.engines.values()
+        )
+        if rank.forming is None and rank.inbox and not alone:
             yield lambda: self.handle(rank, self.next_command(rank))
         if rank.forming is not None and self.can_go_on(rank):
             yield lambda: self.go_on(rank)
         if rank.forming is not None and self.broken == "deaf":
             return
         for engine in list(rank.engines.values()):
-            yield from self.moves_of(rank, engine)
+            if not alone or self.is_to_stop(rank, engine):
+                yield from self.moves_of(rank, engine)
 
     def moves_of(self, rank: ModelRank, engine: ModelEngine) -> Iterator[Move]:
         if engine.wishes:
@@ -169,8 +173,11 @@ class ModelPool:
         if engine.ranks[0] != rank.number:
             if engine.plans:
                 yield lambda: self.follow(rank, engine)
-        elif engine.work and not engine.holds:
-            yield lambda: self.lead(rank, engine)
+        elif not engine.holds:
+            if engine.work:
+                yield lambda: self.lead(rank, engine)
+            if engine.ending is not None:
+                yield lambda: self.stop(rank, engine)
 
     def next_command(self, rank: ModelRank) -> ToRankMessage:
         any_order = self.broken == "any order"
@@ -200,9 +207,17 @@ class ModelPool:
                 rank.engines.pop(generation, None)
                 self.reply(rank, command)
 
+    @staticmethod
+    def is_to_stop(rank: ModelRank, engine: ModelEngine) -> bool:
+        """Of a leader that is held: it has work that only a step could end."""
+        return engine.ranks[0] == rank.number and engine.ending is not None
+
     def stop(self, rank: ModelRank, engine: ModelEngine) -> None:
         """A leader says that there is no next step, a follower waits to hear it."""
         leads = engine.ranks[0] == rank.number
+        sleeps = isinstance(engine.ending, SuspendEngine) and not engine.asleep
+        if leads and sleeps and engine.work and engine.holds:
+            return
         if leads and not engine.asleep:
             engine.work = 0
             self.tell_followers(engine, ("stop", 0))
@@ -370,6 +385,37 @@ def cross_locked_up(seeds: range, broken: str = "") -> list[int]:
         if pool.stuck():
             stuck.append(seed)
     return stuck
+
+
+def stops_locked_up(seeds: range, broken: str = "") -> list[int]:
+    """Two engines have the same leader; a world over their followers forms while one of
+    them is busy, and that one is put to sleep. The seeds that ended with somebody
+    waiting."""
+    stuck = []
+    for seed in seeds:
+        pool = ModelPool(seed, broken)
+        for each in (spec("busy", [0, 1]), spec("idle", [0, 2])):
+            pool.harness.load(each)
+            pool.deliver(pool.harness.effects)
+            while pool.move():
+                pass
+        pool.ranks[0].engines[pool.harness.engine("busy").generation].work = 4
+        pool.harness.load(structs.replace(spec("new", [1, 2]), asleep=True))
+        pool.deliver(pool.harness.effects)
+        for _ in range(pool.draw.randrange(12)):
+            pool.move()
+        pool.harness.sleep("busy")
+        pool.deliver(pool.harness.effects)
+        while pool.move():
+            pass
+        if pool.stuck():
+            stuck.append(seed)
+    return stuck
+
+
+def test_a_leader_that_is_to_stop_what_is_held_serves_its_other_engines() -> None:
+    assert not stops_locked_up(range(200))
+    assert stops_locked_up(range(200), "stops alone")
 
 
 def test_worlds_that_need_each_others_leaders_form() -> None:

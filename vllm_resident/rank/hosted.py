@@ -75,7 +75,7 @@ class Hosted:
 
     @property
     def awaits_stop(self) -> bool:
-        """Whether a deadline for the leader's stop plan is running."""
+        """Whether a deadline for the stop plan is running."""
         return self.close_deadline is not None or self.suspension is not None
 
 

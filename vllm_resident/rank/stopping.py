@@ -72,11 +72,7 @@ class Stopping:
             self._fall_asleep(hosted, suspension)
             return
         suspension.clock.start("stop")
-        if hosted.leader is not None:
-            self._serving.stop(hosted, suspension.finish_by, suspension.deadline)
-            self._fall_asleep(hosted, suspension)
-        else:
-            self.check(hosted)
+        self.check(hosted)
 
     def _fall_asleep(self, hosted: Hosted, suspension: Suspension) -> None:
         engine = hosted.engine
@@ -173,7 +169,7 @@ class Stopping:
 
     def check(self, hosted: Hosted) -> None:
         """A follower closes, or sleeps, at its leader's stop plan, or gives up at the
-        deadline."""
+        deadline; a leader that was held when it was to sleep makes that plan."""
         stopped = hosted.follower is not None and hosted.follower.stopped
         now = time.monotonic()
         if hosted.close_deadline is not None:
@@ -182,10 +178,14 @@ class Stopping:
             elif now > hosted.close_deadline:
                 self.release(hosted)
                 self._reports.fail(hosted.generation, _late(), "close")
-        elif hosted.suspension is not None:
+        elif (suspension := hosted.suspension) is not None:
+            if hosted.leader is not None:
+                stopped = self._serving.stop(
+                    hosted, suspension.finish_by, suspension.deadline
+                )
             if stopped:
-                self._fall_asleep(hosted, hosted.suspension)
-            elif now > hosted.suspension.deadline:
+                self._fall_asleep(hosted, suspension)
+            elif now > suspension.deadline:
                 raise _late()
 
     def _finish_close(self, hosted: Hosted, *, orderly: bool = False) -> None:
