@@ -90,10 +90,10 @@ class Meeting:
         """Serve until what is beside this rank stands still; `RankTimeout` if it does
         not."""
         while not meanwhile.hold():
-            meanwhile.serve()
-            self.store.pause(_HOLD_POLL_S)
             if time.monotonic() > deadline:
                 raise RankTimeout(
                     f"an engine beside world {self.identity} was not held by its "
                     f"leader before the time to form it was over"
                 )
+            meanwhile.serve()
+            self.store.pause(_HOLD_POLL_S)
