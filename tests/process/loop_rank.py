@@ -18,10 +18,12 @@ from vllm_resident.rank.prepare import prepare_process
 prepare_process(0, 1)
 
 # ruff: noqa: E402
+from vllm_resident.errors import CommandRejected
 from vllm_resident.messages import (
     BuildEngine,
     DropEngine,
     EngineClosed,
+    EngineFailed,
     EngineMemory,
     ExitRank,
     PrepareEngine,
@@ -257,6 +259,22 @@ def drop_while_held() -> dict[str, Any]:
     rank.tell(drop(OTHER))
     rank.run()
     return {"said": rank.said(), "left": rank.loop.generations()}
+
+
+def sleep_refused_too_late() -> dict[str, Any]:
+    """When it has begun: what it needs was there before it was held."""
+    rank, engine = _held_rank()
+
+    def refuse(level: int, start: Callable[[str], None]) -> Moved:
+        start("free_weights")
+        raise CommandRejected("no pinned memory is left")
+
+    engine.sleep = refuse  # type: ignore[method-assign]
+    engine.wishes.append((1, Wish(LAST, done=True)))
+    rank.loop._step_engines()
+    said = rank.control._outbox.take_all()
+    errors = [each.error for each in said if isinstance(each, EngineFailed)]
+    return {"errors": [[each.kind, each.phase] for each in errors]}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ SCENARIOS = [
     "drop_behind_what_came_with_the_build",
     "sleep_while_held",
     "drop_while_held",
+    "sleep_refused_too_late",
 ]
 BUILT, OTHER, LAST = 1, 2, 3
 
@@ -82,3 +83,11 @@ def test_an_engine_held_by_a_dead_follower_can_be_given_up(results: Results) -> 
     result = results["drop_while_held"]
     assert result["said"] == ["EngineClosed"]
     assert result["left"] == []
+
+
+def test_a_refusal_in_the_middle_of_falling_asleep_is_a_failure(
+    results: Results,
+) -> None:
+    """The engine does not go on: what only refuses is taken to be as it was."""
+    result = results["sleep_refused_too_late"]
+    assert result["errors"] == [["RankFailure", "free_weights"]]

@@ -12,7 +12,12 @@ import time
 from functools import partial
 
 from vllm_resident import messages
-from vllm_resident.errors import CommandRejected, RankTimeout, ReleaseIncomplete
+from vllm_resident.errors import (
+    CommandRejected,
+    RankFailure,
+    RankTimeout,
+    ReleaseIncomplete,
+)
 from vllm_resident.rank.engine import PhaseClock
 from vllm_resident.rank.hosted import Engines, Hosted, Suspension
 from vllm_resident.rank.parts import Parts
@@ -104,6 +109,9 @@ class Stopping:
             "event=suspend_failed generation=%d", hosted.generation, exc_info=error
         )
         phase = hosted.suspension.clock.current
+        if isinstance(error, CommandRejected):
+            # Too late to refuse: that would say that nothing has changed.
+            error = RankFailure(str(error), phase=phase)
         hosted.suspension = None
         hosted.failed = True
         self._reports.fail(hosted.generation, error, phase)
