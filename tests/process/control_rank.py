@@ -1,12 +1,14 @@
 """A rank's control thread in a process of its own, with a main thread that is stuck.
 
-Run as `python -m tests.process.control_rank ENDPOINT`: the main thread blocks for ever
-in a way that no signal handler written in Python can interrupt, as it would inside a
-collective; only the control thread can end the process.
+Run as `python -m tests.process.control_rank ENDPOINT [GENERATION ...]`: the main thread
+blocks for ever in a way that no signal handler written in Python can interrupt, as it
+would inside a collective, at work on these generations, each within the one before;
+only the control thread can end the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import sys
@@ -44,6 +46,9 @@ def main() -> None:
     signal.set_wakeup_fd(control.signal_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     control.start()
+    work = contextlib.ExitStack()
+    for generation in sys.argv[2:]:
+        work.enter_context(control.at_work_on(int(generation)))
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(MUTEX_BYTES)
     libc.pthread_mutex_lock(mutex)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,15 @@ IDENTITY = b"rank-0"
 class StuckRank:
     """The process, and the controller's end of its channel."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *at_work_on: int) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = open_socket(self._context, zmq.ROUTER)
         endpoint = f"ipc://{folder}/control"
         self._socket.bind(endpoint)
         self._decoder: Decoder[RankMessage] = Decoder(RankMessage)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.process.control_rank", endpoint],
+            [sys.executable, "-m", "tests.process.control_rank", endpoint]
+            + [str(generation) for generation in at_work_on],
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -79,15 +81,21 @@ class StuckRank:
         self._context.term()
 
 
-@pytest.fixture
-def rank(tmp_path: Path) -> Iterator[StuckRank]:
-    rank = StuckRank(tmp_path)
+@contextmanager
+def stuck_rank(folder: Path, *at_work_on: int) -> Iterator[StuckRank]:
+    rank = StuckRank(folder, *at_work_on)
     try:
         assert isinstance(rank.receive(START_S), Hello)
         assert isinstance(rank.receive(END_S), Heartbeat)
         yield rank
     finally:
         rank.close()
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Iterator[StuckRank]:
+    with stuck_rank(tmp_path) as rank:
+        yield rank
 
 
 @pytest.mark.parametrize(
@@ -111,6 +119,29 @@ def test_a_stuck_rank_is_ended(
     """Within its grace time, with the status of what was asked."""
     end(rank)
     assert rank.wait() == status
+
+
+def drop(generation: int) -> DropEngine:
+    return DropEngine(generation=generation, reason="too late", timeout_s=0.2)
+
+
+def test_a_rank_at_work_on_another_engine_is_not_stuck(tmp_path: Path) -> None:
+    """It can give one up only when it comes to it; what it works on has its own end."""
+    with stuck_rank(tmp_path, 2) as rank:
+        rank.send(drop(1))
+        for _ in range(10):
+            assert isinstance(rank.receive(END_S), Heartbeat)
+        rank.send(drop(2))
+        assert rank.wait() == 70
+
+
+def test_a_rank_stuck_in_a_step_of_what_it_is_to_give_up_is_ended(
+    tmp_path: Path,
+) -> None:
+    """Also where it took that step beside the build of another."""
+    with stuck_rank(tmp_path, 2, 1) as rank:
+        rank.send(drop(1))
+        assert rank.wait() == 70
 
 
 def test_a_mailbox_left_by_a_slow_sender_does_not_wake_its_reader_for_ever() -> None:

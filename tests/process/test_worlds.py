@@ -22,6 +22,7 @@ SCENARIOS = [
     "abort_a_meeting",
     "abort_and_close_at_once",
     "absent_member",
+    "crossed",
     "closed_on_one_side",
 ]
 MEMBERS = {"left": [0, 1], "middle": [1, 2], "right": [2, 3], "all": [0, 1, 2, 3]}
@@ -135,6 +136,11 @@ def test_a_member_that_does_not_come_is_named(results: Results) -> None:
     for result in results["absent_member"][:3]:
         assert "ranks [3] of world incomplete did not come" in result["message"]
         assert 6 <= result["seconds"] < 20
+
+
+def test_worlds_that_need_each_others_leaders_form(results: Results) -> None:
+    for rank, result in enumerate(results["crossed"]):
+        assert result["sums"] == [9.0 if rank in (0, 3) else 6.0] * 5
 
 
 def test_a_world_closed_on_one_side_fails_on_the_other(results: Results) -> None:

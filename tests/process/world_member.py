@@ -266,6 +266,36 @@ def absent_member() -> dict[str, Any]:
     raise AssertionError("the world was formed")
 
 
+class Crossed:
+    """Engines over ranks 0 and 1 and over 2 and 3 serve; the worlds that form have one
+    rank of each. A leader stops its engine for another's sake only when it has done so
+    for its own world."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+
+    def waits_for_leaders(self) -> bool:
+        return RANK in (1, 3)
+
+    def serve(self) -> None:
+        if RANK in (0, 2) and self.is_held:
+            STORE.set(f"crossed/{RANK + 1}", b"held")
+
+    def hold(self) -> bool:
+        self.is_held = RANK in (0, 2) or STORE.check([f"crossed/{RANK}"])
+        return self.is_held
+
+
+def crossed() -> dict[str, Any]:
+    """Each of two worlds needs the leader of an engine that is in the other."""
+    members = [0, 3] if RANK in (0, 3) else [1, 2]
+    world = form(f"crossed-{members[0]}", members, meanwhile=Crossed())
+    result = {"sums": sums(world)}
+    meet("crossed/formed")
+    world.close()
+    return result
+
+
 def closed_on_one_side() -> dict[str, Any]:
     """Rank 1 closes alone; rank 0's next collective must not wait for it for ever."""
     world = form("one-sided", [0, 1])

@@ -3,9 +3,9 @@
 The controller is the real one; ranks are modelled as `rank/loop.py`, `rank/beside.py`
 and `rank/world.py` behave where they wait: commands one by one in the order they came,
 a meeting in which the rank goes on stepping until all have come, a hold at the same
-step on all ranks of an engine, then nothing else until the world is formed. A random
-scheduler decides who does what next. What would break this is tried too: the same model
-must then lock up.
+step on all ranks of an engine, a second meeting of those that are held, then nothing
+else until the world is formed. A random scheduler decides who does what next. What
+would break this is tried too: the same model must then lock up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from msgspec import structs
 
 from tests.unit.controller_harness import Harness, answer, spec
 from vllm_resident.controller.effects import Effect, SendToRank
@@ -70,7 +71,9 @@ class ModelRank:
     inbox: list[ToRankMessage] = field(default_factory=list)
     engines: dict[int, ModelEngine] = field(default_factory=dict)
     forming: BuildEngine | None = None
-    stage: str = "meet"  # then "hold", then "form"
+    stage: str = "meet"  # then "hold", perhaps "held", and "form"
+    # Whether it said at the meeting that other ranks lead what is to be held.
+    waits_for_leaders: bool = False
     # (generation, step) of the collective it is in.
     collective: tuple[int, int] | None = None
 
@@ -149,14 +152,18 @@ class ModelPool:
     def moves(self, rank: ModelRank) -> Iterator[Move]:
         if rank.collective is not None or rank.stage == "form":
             return
-        if rank.forming is None and rank.inbox:
+        alone = self.broken == "stops alone" and any(
+            self.is_to_stop(rank, each) for each in rank.engines.values()
+        )
+        if rank.forming is None and rank.inbox and not alone:
             yield lambda: self.handle(rank, self.next_command(rank))
         if rank.forming is not None and self.can_go_on(rank):
             yield lambda: self.go_on(rank)
         if rank.forming is not None and self.broken == "deaf":
             return
         for engine in list(rank.engines.values()):
-            yield from self.moves_of(rank, engine)
+            if not alone or self.is_to_stop(rank, engine):
+                yield from self.moves_of(rank, engine)
 
     def moves_of(self, rank: ModelRank, engine: ModelEngine) -> Iterator[Move]:
         if engine.wishes:
@@ -166,8 +173,11 @@ class ModelPool:
         if engine.ranks[0] != rank.number:
             if engine.plans:
                 yield lambda: self.follow(rank, engine)
-        elif engine.work and not engine.holds:
-            yield lambda: self.lead(rank, engine)
+        elif not engine.holds:
+            if engine.work:
+                yield lambda: self.lead(rank, engine)
+            if engine.ending is not None:
+                yield lambda: self.stop(rank, engine)
 
     def next_command(self, rank: ModelRank) -> ToRankMessage:
         any_order = self.broken == "any order"
@@ -183,6 +193,10 @@ class ModelPool:
                 self.reply(rank, command)
             case BuildEngine():
                 rank.forming, rank.stage = command, "meet"
+                rank.waits_for_leaders = any(
+                    each.steps and each.ranks[0] != rank.number
+                    for each in rank.engines.values()
+                )
             case SuspendEngine() | CloseEngine() if engine is not None:
                 engine.ending = command
                 self.stop(rank, engine)
@@ -193,9 +207,17 @@ class ModelPool:
                 rank.engines.pop(generation, None)
                 self.reply(rank, command)
 
+    @staticmethod
+    def is_to_stop(rank: ModelRank, engine: ModelEngine) -> bool:
+        """Of a leader that is held: it has work that only a step could end."""
+        return engine.ranks[0] == rank.number and engine.ending is not None
+
     def stop(self, rank: ModelRank, engine: ModelEngine) -> None:
         """A leader says that there is no next step, a follower waits to hear it."""
         leads = engine.ranks[0] == rank.number
+        sleeps = isinstance(engine.ending, SuspendEngine) and not engine.asleep
+        if leads and sleeps and engine.work and engine.holds:
+            return
         if leads and not engine.asleep:
             engine.work = 0
             self.tell_followers(engine, ("stop", 0))
@@ -219,6 +241,9 @@ class ModelPool:
         if rank.stage == "meet":
             there = [self.ranks[each].forming for each in ranks]
             return all(each and each.generation == generation for each in there)
+        if rank.stage == "held":
+            stages = [self.ranks[each].stage for each in ranks]
+            return not {"meet", "hold"} & set(stages)
         return self.broken in ("deaf", "no hold") or all(
             each.stopped or generation in each.held
             for each in rank.engines.values()
@@ -232,8 +257,14 @@ class ModelPool:
             rank.stage = "hold"
             self.wish(rank, "hold", generation)
             return
-        rank.stage = "form"
         members = [self.ranks[each] for each in rank.engines[generation].ranks]
+        meets_again = self.broken not in ("met once", "no hold") and any(
+            each.waits_for_leaders for each in members
+        )
+        if rank.stage == "hold" and meets_again:
+            rank.stage = "held"
+            return
+        rank.stage = "form"
         if all(each.stage == "form" for each in members):
             self.num_formed += 1
             for each in members:
@@ -332,6 +363,64 @@ def test_two_thousand_interleavings_never_lock_up() -> None:
     assert not stuck
     assert num_formed > 4000
     assert num_steps > 100
+
+
+def cross_locked_up(seeds: range, broken: str = "") -> list[int]:
+    """Two engines serve on a pair of ranks each; a world over the first and the last
+    rank forms, and one over the two between. Each has a rank that the other's follower
+    needs: its leader. The seeds that ended with somebody waiting."""
+    stuck = []
+    for seed in seeds:
+        pool = ModelPool(seed, broken)
+        for each in (spec("left", [0, 1]), spec("right", [2, 3])):
+            pool.harness.load(each)
+            pool.deliver(pool.harness.effects)
+            while pool.move():
+                pass
+        for each in (spec("outer", [0, 3]), spec("inner", [1, 2])):
+            pool.harness.load(structs.replace(each, asleep=True))
+            pool.deliver(pool.harness.effects)
+        while pool.move():
+            pass
+        if pool.stuck():
+            stuck.append(seed)
+    return stuck
+
+
+def stops_locked_up(seeds: range, broken: str = "") -> list[int]:
+    """Two engines have the same leader; a world over their followers forms while one of
+    them is busy, and that one is put to sleep. The seeds that ended with somebody
+    waiting."""
+    stuck = []
+    for seed in seeds:
+        pool = ModelPool(seed, broken)
+        for each in (spec("busy", [0, 1]), spec("idle", [0, 2])):
+            pool.harness.load(each)
+            pool.deliver(pool.harness.effects)
+            while pool.move():
+                pass
+        pool.ranks[0].engines[pool.harness.engine("busy").generation].work = 4
+        pool.harness.load(structs.replace(spec("new", [1, 2]), asleep=True))
+        pool.deliver(pool.harness.effects)
+        for _ in range(pool.draw.randrange(12)):
+            pool.move()
+        pool.harness.sleep("busy")
+        pool.deliver(pool.harness.effects)
+        while pool.move():
+            pass
+        if pool.stuck():
+            stuck.append(seed)
+    return stuck
+
+
+def test_a_leader_that_is_to_stop_what_is_held_serves_its_other_engines() -> None:
+    assert not stops_locked_up(range(200))
+    assert stops_locked_up(range(200), "stops alone")
+
+
+def test_worlds_that_need_each_others_leaders_form() -> None:
+    assert not cross_locked_up(range(200))
+    assert cross_locked_up(range(200), "met once")
 
 
 @pytest.mark.parametrize("broken", ["any order", "deaf", "no hold"])

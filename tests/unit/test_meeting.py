@@ -100,6 +100,40 @@ def test_others_are_served_until_all_have_come(
     assert exchange(second, "2") == heard.result(PATIENCE_S) == ["1", "2"]
 
 
+def test_a_meeting_is_not_missed_for_a_step_that_ends_after_the_deadline(
+    server: dist.TCPStore,
+) -> None:
+    first, second = Ranks(server, 2).sides
+    deadline = time.monotonic() + SHORT_S
+
+    def serve() -> None:
+        second.store.append("point/said", b'[1,"2"]\n')
+        second.store.add("point/count", 1)
+        time.sleep(max(deadline - time.monotonic(), 0.0))
+
+    assert first.exchange("point", "1", str, deadline, serve) == ["1", "2"]
+
+
+def test_nor_is_a_hold(server: dist.TCPStore) -> None:
+    deadline = time.monotonic() + SHORT_S
+
+    class Serving:
+        is_held = False
+
+        def waits_for_leaders(self) -> bool:
+            return True
+
+        def serve(self) -> None:
+            self.is_held = True
+            time.sleep(max(deadline - time.monotonic(), 0.0))
+
+        def hold(self) -> bool:
+            return self.is_held
+
+    (side,) = Ranks(server, 1).sides
+    side.hold(Serving(), deadline)
+
+
 def test_a_rank_that_left_again_is_waited_for_until_the_wait_is_called_off(
     server: dist.TCPStore, threads: ThreadPoolExecutor
 ) -> None:

@@ -515,6 +515,54 @@ def test_rank_that_does_not_even_drop_is_told_to_exit():
     assert harness.status().engines == []
 
 
+def refused_beside_a_build(timeout_s: float) -> Harness:
+    """Rank 0 builds one engine and is to give another up, which rank 1 has refused."""
+    harness = Harness()
+    harness.state.awake_per_rank = 2
+    harness.load(spec("slow", [0]), timeout_s=timeout_s)
+    harness.rank(EnginePrepared(rank=0, generation=1, seconds=0))
+    harness.load(spec("bad", [0, 1]), timeout_s=timeout_s)
+    harness.rank(failed(1, 2, "CommandRejected"))
+    assert ranks_sent(harness, DropEngine) == [0, 1]
+    harness.rank(answer(1, DropEngine(generation=2, reason="", timeout_s=1)))
+    return harness
+
+
+def ticks_until_told_to_exit(harness: Harness, limit_s: int) -> int:
+    for seconds in range(limit_s):
+        harness.heartbeats()
+        harness.tick(1)
+        if harness.to_ranks(ExitRank):
+            return seconds + 1
+    return limit_s
+
+
+def test_rank_at_work_on_another_engine_may_take_its_time_to_drop_one():
+    harness = refused_beside_a_build(timeout_s=60)
+    assert ticks_until_told_to_exit(harness, 51) == 51
+    harness.rank(answer(0, BuildEngine(generation=1, timeout_s=1)))
+    # From here on it has as long as any other.
+    assert ticks_until_told_to_exit(harness, 10) == 10
+    harness.rank(answer(0, DropEngine(generation=2, reason="", timeout_s=1)))
+    assert harness.error().kind == "CommandRejected"
+    assert [row.name for row in harness.status().engines] == ["slow"]
+    assert harness.row("slow").phase == "ready"
+
+
+def test_rank_that_hangs_in_what_kept_it_from_a_drop_is_told_to_exit():
+    harness = refused_beside_a_build(timeout_s=30)
+    # The build's deadline, and what it takes to find out that it goes on.
+    assert 30 + 10 < ticks_until_told_to_exit(harness, 100) < 30 + 20
+    assert ranks_sent(harness, ExitRank) == [0]
+
+
+def test_rank_that_has_two_engines_to_drop_and_does_not_is_told_to_exit():
+    harness = refused_beside_a_build(timeout_s=60)
+    harness.tick(1)
+    harness.rank(failed(0, 1))
+    assert ticks_until_told_to_exit(harness, 60) < 30
+
+
 def test_progress_is_told_once_per_phase_and_each_second():
     harness = Harness()
     call = harness.load(spec("a", 2))

@@ -528,6 +528,28 @@ def test_level_its_ranks_refuse_changes_nothing():
     assert harness.to_ranks(AddRequest)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_level_that_one_rank_refuses_and_another_does_not_breaks_the_engine(first):
+    """One would sleep and the other not: it is built anew, as after any failure."""
+    harness = Harness()
+    harness.load_ready(spec("a", [0, 1]))
+    harness.sleep("a", 1)
+    replies = [
+        failed(0, 1, "CommandRejected"),
+        answer(1, SuspendEngine(generation=1, level=1, timeout_s=1.0)),
+    ]
+    harness.rank(replies[first])
+    assert not harness.to_ranks()
+    harness.rank(replies[1 - first])
+    assert [rank for rank, _ in harness.to_ranks(DropEngine)] == [0, 1]
+    harness.answer_all()
+    (call,) = harness.to_clients(CallFailed)
+    assert call.error.kind == "RankFailure"
+    assert "CommandRejected on rank 0" in call.error.message
+    assert phases(harness) == {"a": "ready"}
+    assert harness.engine("a").generation == 2
+
+
 def test_what_cannot_be_brought_back_is_named():
     harness = Harness(1)
     harness.load_ready(spec("a"))

@@ -174,6 +174,7 @@ def suspend(
     leader has by then may go on for `finish_s`."""
     _set_in_motion(state, engine, EnginePhase.SUSPENDING, deadline, now)
     engine.suspended = {}
+    engine.refusal = None
     timeout_s = max(deadline - now, MIN_TIMEOUT_S)
     for rank in engine.ranks:
         state.send_to_rank(
@@ -313,7 +314,9 @@ def on_suspended(
     engine.waiting.discard(message.rank)
     engine.suspended[message.rank] = message
     engine.memory[message.rank] = message.memory
-    if not engine.waiting:
+    if not engine.waiting and engine.refusal is not None:
+        _split(state, engine, engine.refusal, now)
+    elif not engine.waiting:
         engine.deadline = None
         engine.sleep_level = message.level
         move_engine(state, engine, EnginePhase.ASLEEP, now)
@@ -379,9 +382,14 @@ def on_failed(
 def _on_refused(
     state: PoolState, engine: Engine, rank: int, error: ErrorInfo, now: float
 ) -> None:
-    """A rank cannot put it to that level, and has changed nothing; so say they all."""
+    """A rank cannot put it to that level, and has changed nothing: where they all say
+    so it is as it was."""
     engine.waiting.discard(rank)
+    engine.refusal = engine.refusal or error
     if engine.waiting:
+        return
+    if engine.suspended:
+        _split(state, engine, engine.refusal, now)
         return
     engine.deadline = None
     engine.keeps_weights = True
@@ -391,6 +399,13 @@ def _on_refused(
         move_engine(state, engine, EnginePhase.ASLEEP, now)
     else:
         undrain(state, engine, now)
+
+
+def _split(state: PoolState, engine: Engine, refusal: ErrorInfo, now: float) -> None:
+    """Some of its ranks have put it to that level, others refused: it can only go."""
+    engine.keeps_failure = not is_new(state, engine)
+    error = msgspec.structs.replace(refusal, kind="RankFailure")
+    unwind(state, engine, error, now)
 
 
 def is_new(state: PoolState, engine: Engine) -> bool:

@@ -22,6 +22,8 @@ from vllm_resident.errors import ErrorInfo, RankFailure, RankLost, RankTimeout
 MAX_RESTORES = 3
 
 _P = EnginePhase
+# At whose deadline an engine is given up, not its ranks.
+_UNWOUND_LATE = (*engines.LOADING, _P.SUSPENDING, _P.RESUMING)
 
 
 def on_rank_lost(
@@ -94,7 +96,13 @@ def expire(
         engine.fail_requests_at = None
         if engine.error:
             requests.fail_all(state, engine.generation, engine.error)
-    if engine.deadline is None or now < engine.deadline:
+    if engine.deadline is None:
+        return set(), None
+    if engine.phase not in _UNWOUND_LATE and _waits_for_another(state, engine):
+        # Their time begins when they are free.
+        drop_s = engines.DROP_TIMEOUT_S + engines.ANSWER_GRACE_S
+        engine.deadline = max(engine.deadline, now + drop_s)
+    if now < engine.deadline:
         return set(), None
     if engine.phase in engines.LOADING:
         engines.unwind(state, engine, _too_late(engine, now).to_info(), now)
@@ -106,6 +114,18 @@ def expire(
     error = _too_late(engine, now)
     engine.error = engine.error or error.to_info()
     return set(engine.waiting), error
+
+
+def _waits_for_another(state: PoolState, engine: Engine) -> bool:
+    """Whether ranks may not have come to giving the engine up, because another
+    engine's move keeps them busy. That one has a deadline of its own, at which it is
+    given up too; then they have time for that."""
+    return any(
+        other.waiting & engine.waiting
+        and (other.phase in _UNWOUND_LATE or other.since > engine.since)
+        for other in state.engines.values()
+        if other is not engine
+    )
 
 
 def _too_late(engine: Engine, now: float) -> RankTimeout:

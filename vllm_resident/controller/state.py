@@ -198,6 +198,7 @@ class Engine:
     # Of the present suspend or resume, and when it began.
     suspended: dict[int, EngineSuspended] = field(default_factory=dict)
     resumed: dict[int, EngineResumed] = field(default_factory=dict)
+    refusal: ErrorInfo | None = None
     motion_began: float = 0.0
     # How deep it sleeps (0: awake), and where a restore takes it: what the last
     # finished command made of it.

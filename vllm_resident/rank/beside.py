@@ -20,8 +20,8 @@ from vllm_resident.rank.serving import Serving
 class Beside:
     """Of one build (a `world.Meanwhile`); on the main thread.
 
-    `hear` takes the commands about requests and lets the others wait, `step` lets one
-    engine do one step.
+    `hear` takes the commands that touch no world and lets the others wait, `step` lets
+    one engine do one step.
     """
 
     def __init__(
@@ -41,11 +41,15 @@ class Beside:
         self._step = step
 
     def serve(self) -> None:
-        """While the others of a world to be formed are not there yet: a step of each
-        engine, of several ranks too."""
+        """While the others of a world to be formed are not there or not held yet: a
+        step of each engine, of several ranks too, and what followers ask."""
         self._hear()
         for hosted in self._engines:
-            self._step(hosted)
+            self._step_beside(hosted)
+
+    def waits_for_leaders(self) -> bool:
+        """Whether an engine of several ranks, which another rank leads, may be here."""
+        return any(each.follower is not None for each in self._shared())
 
     def hold(self) -> bool:
         """Have the engines of several ranks here stopped, each at the same step on all
@@ -91,9 +95,16 @@ class Beside:
             if hosted.has_work:
                 assert hosted.engine is not None
                 with turns.aside(hosted.engine.config, device):
-                    self._step(hosted)
+                    self._step_beside(hosted)
         assert building.world is not None
         building.world.enter()
+
+    def _step_beside(self, hosted: Hosted) -> None:
+        control = self._parts.control
+        # One that was given up goes when the build is over.
+        if not control.is_dropped(hosted.generation):
+            with control.at_work_on(hosted.generation):
+                self._step(hosted)
 
     def _shared(self) -> list[Hosted]:
         return [

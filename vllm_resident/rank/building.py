@@ -102,6 +102,7 @@ class Building:
         before = self._parts.memory_used()
         clock = PhaseClock(partial(self._reports.enter_phase, hosted))
         beside = self._beside(hosted)
+        hosted.is_building = True
         try:
             self._take_place(command.turn)
             self._form(hosted, command, clock, beside)
@@ -114,6 +115,7 @@ class Building:
             self._give_up(hosted, error, clock.current)
             return
         finally:
+            hosted.is_building = False
             beside.end_hold()
         clock.stop()
         assert hosted.engine is not None

@@ -14,9 +14,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,17 @@ class Mailbox:
 
 @dataclass(frozen=True)
 class _Guard:
-    """A deadline by which the main thread must have done something, or the end."""
+    """A deadline by which the main thread must have done something, or the end.
+
+    With a `generation`: of giving that up, which waits for the end of a command that
+    the main thread carries out for another.
+    """
 
     deadline: float
+    timeout_s: float
     what: str
     status: int = STUCK_STATUS
+    generation: int | None = None
 
 
 class Control(threading.Thread):
@@ -119,7 +125,9 @@ class Control(threading.Thread):
         self._exiting = False
         self._dropped: set[int] = set()
         self._worlds: dict[int, World] = {}
-        self._guards: dict[object, _Guard] = {}
+        self._guards: dict[int | None, _Guard] = {}
+        # What the main thread works on, each within the one before.
+        self._at_work: tuple[int, ...] = ()
         self._lock = threading.Lock()
         self._decoder: Decoder[ToRankMessage] = Decoder(ToRankMessage)
 
@@ -139,6 +147,17 @@ class Control(threading.Thread):
         """Whether the generation was given up, or the whole rank; any thread."""
         return self._exiting or generation in self._dropped
 
+    @contextmanager
+    def at_work_on(self, generation: int) -> Iterator[None]:
+        """The main thread carries out a command for the generation; or, within one,
+        takes a step of it."""
+        before = self._at_work
+        self._at_work = (*before, generation)
+        try:
+            yield
+        finally:
+            self._at_work = before
+
     def watch_world(self, generation: int, world: World) -> None:
         """Abort `world` when its generation is given up, also if it was already."""
         with self._lock:
@@ -154,10 +173,31 @@ class Control(threading.Thread):
         self._dropped.discard(generation)
 
     def _guard(
-        self, key: object, timeout_s: float, what: str, status: int = STUCK_STATUS
+        self,
+        timeout_s: float,
+        what: str,
+        status: int = STUCK_STATUS,
+        generation: int | None = None,
     ) -> None:
+        deadline = time.monotonic() + timeout_s
         with self._lock:
-            self._guards[key] = _Guard(time.monotonic() + timeout_s, what, status)
+            self._guards[generation] = _Guard(
+                deadline, timeout_s, what, status, generation
+            )
+
+    def _late(self, now: float) -> list[_Guard]:
+        """Guards that are over; those that wait for something else are put off.
+
+        What is waited for has a deadline of its own: past it the controller gives that
+        up too, which is then guarded itself.
+        """
+        working = self._at_work
+        with self._lock:
+            for key, guard in self._guards.items():
+                generation = guard.generation
+                if working and generation is not None and generation not in working:
+                    self._guards[key] = replace(guard, deadline=now + guard.timeout_s)
+            return [guard for guard in self._guards.values() if now > guard.deadline]
 
     def run(self) -> None:
         try:
@@ -211,10 +251,7 @@ class Control(threading.Thread):
             self._end(1, "the launcher is gone")
         if self._num_unanswered * HEARTBEAT_S > CONTROLLER_SILENCE_S:
             self._end(1, f"no word from the controller for {CONTROLLER_SILENCE_S:g} s")
-        now = time.monotonic()
-        with self._lock:
-            late = [guard for guard in self._guards.values() if now > guard.deadline]
-        if late:
+        if late := self._late(time.monotonic()):
             self._end(late[0].status, f"stuck: {late[0].what}")
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
@@ -251,7 +288,6 @@ class Control(threading.Thread):
         """A ready engine may finish its step; a build has nothing left to wait for."""
         self._exiting = True
         self._guard(
-            "exit",
             EXIT_GRACE_S,
             f"told to exit ({message.reason})",
             int(message.failed),
@@ -264,10 +300,10 @@ class Control(threading.Thread):
     def _call_off(self, message: DropEngine) -> None:
         self._dropped.add(message.generation)
         self._guard(
-            message.generation,
             message.timeout_s,
             f"generation {message.generation} not given up within "
             f"{message.timeout_s:g} s ({message.reason})",
+            generation=message.generation,
         )
         with self._lock:
             world = self._worlds.get(message.generation)

@@ -47,6 +47,8 @@ class Hosted:
     requests: Requests | None = None
     frontends: Frontends | None = None
     failed: bool = False
+    # From the command to build it to the answer.
+    is_building: bool = False
     # Of a leader: by whom it is held, and for which world (`Serving.hold`).
     holds: set[tuple[int, int]] = field(default_factory=set)
     close_deadline: float | None = None
@@ -73,7 +75,7 @@ class Hosted:
 
     @property
     def awaits_stop(self) -> bool:
-        """Whether a deadline for the leader's stop plan is running."""
+        """Whether a deadline for the stop plan is running."""
         return self.close_deadline is not None or self.suspension is not None
 
 

@@ -9,6 +9,7 @@ its step. How engines are built, serve and stop is `building`'s, `serving`'s and
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 import zmq
 
@@ -49,22 +50,23 @@ class RankLoop:
             self._reports,
             self._serving,
             self._stopping,
-            hear=self._hear_of_requests,
+            hear=self._hear_beside,
             step=self._step_engine,
         )
-        # Commands that came in the middle of a build.
-        self._deferred: list[messages.ToRankMessage] = []
+        # Commands not carried out yet: in the middle of a build, most wait for its end.
+        self._waiting: deque[messages.ToRankMessage] = deque()
         self._status: int | None = None
 
     def run(self) -> int:
         while self._status is None:
             busy = self._step_engines()
-            commands = [*self._deferred, *self._inbox.take_all()]
-            self._deferred.clear()
-            if not busy and not commands:
+            self._waiting.extend(self._inbox.take_all())
+            if not busy and not self._waiting:
                 self._engines.poller.poll(self._patience_ms())
-            for command in commands:
-                self._survive(command)
+            for _ in range(len(self._waiting)):
+                # What a drop has made pointless is gone from it.
+                if self._waiting:
+                    self._survive(self._waiting.popleft())
         for hosted in self._engines:
             self._stopping.release(hosted)
         self._parts.lines.close()
@@ -93,13 +95,31 @@ class RankLoop:
                 hosted.failed = True
             self._reports.fail(generation, error, "step")
 
-    def _hear_of_requests(self) -> None:
-        """In the middle of a build: all other commands wait for its end."""
+    def _hear_beside(self) -> None:
+        """In the middle of a build: what is about requests, and the end of what is not
+        built here. All other commands wait for the end of the build."""
         for command in self._inbox.take_all():
-            if isinstance(command, _OF_REQUESTS):
-                self._survive(command)
-            else:
-                self._deferred.append(command)
+            match command:
+                case messages.DropEngine(generation=gone) if self._is_unbuilt(gone):
+                    self._forget_commands(gone)
+                    self._survive(command)
+                case _ if isinstance(command, _OF_REQUESTS):
+                    self._survive(command)
+                case _:
+                    self._waiting.append(command)
+
+    def _is_unbuilt(self, generation: int) -> bool:
+        """Whether the rank has at most prepared it."""
+        hosted = self._engines.get(generation)
+        return hosted is None or (hosted.engine is None and not hosted.is_building)
+
+    def _forget_commands(self, generation: int) -> None:
+        """Carried out after its end they would bring it back."""
+        self._waiting = deque(
+            each
+            for each in self._waiting
+            if getattr(each, "generation", None) != generation
+        )
 
     def _handle(self, command: messages.ToRankMessage) -> None:
         match command:
@@ -129,6 +149,10 @@ class RankLoop:
                     hosted.frontends.disconnect(frontend)
 
     def _handle_engine(self, command: messages.ToRankMessage) -> None:
+        with self._parts.control.at_work_on(command.generation):
+            self._move_engine(command)
+
+    def _move_engine(self, command: messages.ToRankMessage) -> None:
         match command:
             case messages.PrepareEngine():
                 self._building.prepare(command)

@@ -26,6 +26,9 @@ class Meanwhile(Protocol):
     def serve(self) -> None:
         """Do a little of it; called again and again."""
 
+    def waits_for_leaders(self) -> bool:
+        """Whether what is to be held depends on ranks that may not be of this world."""
+
     def hold(self) -> bool:
         """Stop it: all have come, and this rank is about to wait where nothing else
         can be done. Called until it gives True, `serve` in between."""
@@ -87,10 +90,10 @@ class Meeting:
         """Serve until what is beside this rank stands still; `RankTimeout` if it does
         not."""
         while not meanwhile.hold():
-            meanwhile.serve()
-            self.store.pause(_HOLD_POLL_S)
             if time.monotonic() > deadline:
                 raise RankTimeout(
                     f"an engine beside world {self.identity} was not held by its "
                     f"leader before the time to form it was over"
                 )
+            meanwhile.serve()
+            self.store.pause(_HOLD_POLL_S)

@@ -16,8 +16,6 @@ from vllm_resident.rank import ledger, lockstep
 from vllm_resident.rank.control import Control
 from vllm_resident.rank.hosted import Hosted
 
-_HOLD_POLL_S = 0.001
-
 
 class Serving:
     """What is done with a rank's engines between their building and their end."""
@@ -96,7 +94,8 @@ class Serving:
             self._hear_followers(hosted)
         if hosted.frontends is None or hosted.failed:
             return False
-        return hosted.frontends.receive(hold=hosted.asleep)
+        takes_nothing = hosted.asleep or hosted.suspension is not None
+        return hosted.frontends.receive(hold=takes_nothing)
 
     def _hear_followers(self, hosted: Hosted) -> None:
         assert hosted.leader is not None
@@ -142,31 +141,28 @@ class Serving:
             ledger.count_step(name, time.monotonic() - began)
         return has_followed
 
-    def stop(self, hosted: Hosted, finish_by: float, deadline: float) -> None:
+    def stop(self, hosted: Hosted, finish_by: float, deadline: float) -> bool:
         """On the leader: finish what runs, abort what still does at `finish_by`, step
         until nothing is in flight on any rank, then tell the followers that this was
         the last step. Takes nothing in meanwhile: what comes is there when it is awake
-        again. Blocks; raises `RankTimeout` at the deadline."""
+        again. Blocks while it steps; False if it is held and has to be called again,
+        or was given up. Raises `RankTimeout` at the deadline."""
         engine, leader = hosted.engine, hosted.leader
         assert engine is not None
         assert leader is not None
-        while hosted.has_work and time.monotonic() < finish_by:
-            self._lead_or_wait(hosted)
-        self.end_requests(hosted)
-        while hosted.has_work:
+        while True:
+            if not hosted.has_work or time.monotonic() >= finish_by:
+                self.end_requests(hosted)
+            if not hosted.has_work:
+                break
             if time.monotonic() > deadline:
                 raise RankTimeout("it still has work at the deadline", phase="stop")
-            self._lead_or_wait(hosted)
+            if hosted.holds or self._control.is_dropped(hosted.generation):
+                return False
+            self._lead(hosted)
         engine.world.enter()
         leader.stop()
-
-    def _lead_or_wait(self, hosted: Hosted) -> None:
-        """A step, or a moment of waiting for followers that form a world."""
-        if not hosted.holds:
-            self._lead(hosted)
-            return
-        time.sleep(_HOLD_POLL_S)
-        self._hear_followers(hosted)
+        return True
 
     def _lead(self, hosted: Hosted) -> None:
         assert hosted.engine is not None

@@ -12,7 +12,12 @@ import time
 from functools import partial
 
 from vllm_resident import messages
-from vllm_resident.errors import CommandRejected, RankTimeout, ReleaseIncomplete
+from vllm_resident.errors import (
+    CommandRejected,
+    RankFailure,
+    RankTimeout,
+    ReleaseIncomplete,
+)
 from vllm_resident.rank.engine import PhaseClock
 from vllm_resident.rank.hosted import Engines, Hosted, Suspension
 from vllm_resident.rank.parts import Parts
@@ -72,11 +77,7 @@ class Stopping:
             self._fall_asleep(hosted, suspension)
             return
         suspension.clock.start("stop")
-        if hosted.leader is not None:
-            self._serving.stop(hosted, suspension.finish_by, suspension.deadline)
-            self._fall_asleep(hosted, suspension)
-        else:
-            self.check(hosted)
+        self.check(hosted)
 
     def _fall_asleep(self, hosted: Hosted, suspension: Suspension) -> None:
         engine = hosted.engine
@@ -108,6 +109,9 @@ class Stopping:
             "event=suspend_failed generation=%d", hosted.generation, exc_info=error
         )
         phase = hosted.suspension.clock.current
+        if isinstance(error, CommandRejected):
+            # Too late to refuse: that would say that nothing has changed.
+            error = RankFailure(str(error), phase=phase)
         hosted.suspension = None
         hosted.failed = True
         self._reports.fail(hosted.generation, error, phase)
@@ -173,7 +177,7 @@ class Stopping:
 
     def check(self, hosted: Hosted) -> None:
         """A follower closes, or sleeps, at its leader's stop plan, or gives up at the
-        deadline."""
+        deadline; a leader that was held when it was to sleep makes that plan."""
         stopped = hosted.follower is not None and hosted.follower.stopped
         now = time.monotonic()
         if hosted.close_deadline is not None:
@@ -182,10 +186,14 @@ class Stopping:
             elif now > hosted.close_deadline:
                 self.release(hosted)
                 self._reports.fail(hosted.generation, _late(), "close")
-        elif hosted.suspension is not None:
+        elif (suspension := hosted.suspension) is not None:
+            if hosted.leader is not None:
+                stopped = self._serving.stop(
+                    hosted, suspension.finish_by, suspension.deadline
+                )
             if stopped:
-                self._fall_asleep(hosted, hosted.suspension)
-            elif now > hosted.suspension.deadline:
+                self._fall_asleep(hosted, suspension)
+            elif now > suspension.deadline:
                 raise _late()
 
     def _finish_close(self, hosted: Hosted, *, orderly: bool = False) -> None:

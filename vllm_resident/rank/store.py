@@ -117,17 +117,21 @@ class CancellableStore(dist.Store):
         deadline = time.monotonic() + timeout_s
         longest_s = _LAST_POLL_S if meanwhile is None else _SERVING_POLL_S
         pause_s = _FIRST_POLL_S
-        while (found := look()) is None:
+        while True:
+            # Before the look: what came by the deadline is found, however long the
+            # step before it took.
+            is_last = time.monotonic() > deadline
+            if (found := look()) is not None:
+                return found
+            if is_last:
+                raise dist.DistStoreError(
+                    f"{what} did not appear in the store within {timeout_s:g} s"
+                )
             if meanwhile is not None:
                 meanwhile()
             pause_s = min(pause_s * _POLL_GROWTH, longest_s)
             if self._cancelled.wait(pause_s):
                 raise StoreCancelled(f"waiting for {what} was called off")
-            if time.monotonic() > deadline:
-                raise dist.DistStoreError(
-                    f"{what} did not appear in the store within {timeout_s:g} s"
-                )
-        return found
 
     def delete_key(self, key: str) -> bool:
         deleted: bool = self._store.delete_key(key)

@@ -203,7 +203,7 @@ class World:
         `memory_used`, the device's. Until all have come, `meanwhile` is served.
 
         Raises `RankTimeout` naming the ranks that did not come, `StoreCancelled` when
-        aborted; either way nothing is left but, of the former, two keys in the store.
+        aborted; either way nothing is left but, of the former, some keys in the store.
         The world is entered when this returns.
         """
         cancellable = CancellableStore(store, identity, timeout_s)
@@ -249,19 +249,25 @@ class World:
         """Wait until every rank is about to form the world, and say which is not; then
         agree on what is used again.
 
-        In two steps, because a rank that waits here for another may be what that one
-        waits for in a collective of an engine that serves: until all have come each
-        goes on serving, then each leader stops its followers at the same step.
+        In steps, because a rank that waits here for another may be what that one waits
+        for in a collective of an engine that serves: until all have come each goes on
+        serving, then each leader stops its followers at the same step. One that waits
+        to be stopped may need the leader of another world that forms: until all are
+        stopped each hears what it is asked.
         """
         deadline = time.monotonic() + timeout_s
         serve = None if meanwhile is None else meanwhile.serve
         groups = self._c10d.groups
         mine = None if groups is None else groups.offers()
-        offers = self._meeting.exchange(
-            "meet", mine, list[Offer] | None, deadline, serve
+        waits = meanwhile is not None and meanwhile.waits_for_leaders()
+        said = self._meeting.exchange(
+            "meet", (mine, waits), tuple[list[Offer] | None, bool], deadline, serve
         )
         if meanwhile is not None:
             self._meeting.hold(meanwhile, deadline)
+        if any(waits for _, waits in said):
+            self._meeting.exchange("held", None, None, deadline, serve)
+        offers = [offers for offers, _ in said]
         # Else some rank would take what another cannot know of.
         if groups is not None and None not in offers:
             groups.agree(offers, deadline)
