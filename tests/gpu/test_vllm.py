@@ -25,10 +25,10 @@ from vllm_resident.rank.device import Device
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
+from benchmarks.at_rest import ranks_at_rest
 from tests.e2e.pools import (
     PROMPTS,
     SAMPLING,
-    ranks_at_rest,
     run_repo_python,
     running_pool,
 )
