@@ -1,14 +1,15 @@
 """The status page in a headless Chromium, over the gateway's real app and a controller
 with simulated ranks: what people see of what happens.
 
-With STATUS_PAGE_SHOTS, a folder, each look at the page is kept there as a picture; with
-AXE_CORE, the path of axe.min.js, axe-core judges the page as well.
+With STATUS_PAGE_SHOTS, a folder, each look at the page is kept there as a picture.
+axe-core judges the page, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.resources
 import json
 import os
 import shutil
@@ -56,7 +57,7 @@ model = "/m/called"
 ranks = [2]
 """
 SHOTS = os.environ.get("STATUS_PAGE_SHOTS")
-AXE = os.environ.get("AXE_CORE")
+AXE = importlib.resources.files("axe_core_python") / "axe.min.js"
 
 
 # ------------------------------------------------------------ what is looked at
@@ -632,14 +633,12 @@ def test_nothing_but_its_own_script_runs(shown: Page) -> None:
     assert all("Content Security Policy" in each for each in said)
 
 
-@pytest.mark.skipif(not AXE, reason="AXE_CORE does not say where axe.min.js is")
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(shown: Page, width: int, scheme: str) -> None:
     shown.resize(width)
     shown.prefer(prefers_color_scheme=scheme)
-    assert AXE is not None
-    shown.evaluate(Path(AXE).read_text() + "; 0")
+    shown.evaluate(AXE.read_text() + "; 0")
     found = shown.evaluate(
         "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))"
     )

@@ -24,6 +24,7 @@ from vllm_resident.messages import (
     BuildEngine,
     CloseEngine,
     DropEngine,
+    EngineSpec,
     PrepareEngine,
     ResumeEngine,
     SuspendEngine,
@@ -99,8 +100,16 @@ class ModelPool:
             self.draw.choice([self.command, self.request])()
             for _ in range(self.draw.randrange(8)):
                 self.move()
+        self.settle()
+
+    def settle(self) -> None:
+        """Moves until there are none."""
         while self.move():
             pass
+
+    def load(self, engine: EngineSpec) -> None:
+        self.harness.load(engine)
+        self.deliver(self.harness.effects)
 
     def move(self) -> bool:
         moves = [move for rank in self.ranks for move in self.moves(rank)]
@@ -373,15 +382,11 @@ def cross_locked_up(seeds: range, broken: str = "") -> list[int]:
     for seed in seeds:
         pool = ModelPool(seed, broken)
         for each in (spec("left", [0, 1]), spec("right", [2, 3])):
-            pool.harness.load(each)
-            pool.deliver(pool.harness.effects)
-            while pool.move():
-                pass
+            pool.load(each)
+            pool.settle()
         for each in (spec("outer", [0, 3]), spec("inner", [1, 2])):
-            pool.harness.load(structs.replace(each, asleep=True))
-            pool.deliver(pool.harness.effects)
-        while pool.move():
-            pass
+            pool.load(structs.replace(each, asleep=True))
+        pool.settle()
         if pool.stuck():
             stuck.append(seed)
     return stuck
@@ -395,19 +400,15 @@ def stops_locked_up(seeds: range, broken: str = "") -> list[int]:
     for seed in seeds:
         pool = ModelPool(seed, broken)
         for each in (spec("busy", [0, 1]), spec("idle", [0, 2])):
-            pool.harness.load(each)
-            pool.deliver(pool.harness.effects)
-            while pool.move():
-                pass
+            pool.load(each)
+            pool.settle()
         pool.ranks[0].engines[pool.harness.engine("busy").generation].work = 4
-        pool.harness.load(structs.replace(spec("new", [1, 2]), asleep=True))
-        pool.deliver(pool.harness.effects)
+        pool.load(structs.replace(spec("new", [1, 2]), asleep=True))
         for _ in range(pool.draw.randrange(12)):
             pool.move()
         pool.harness.sleep("busy")
         pool.deliver(pool.harness.effects)
-        while pool.move():
-            pass
+        pool.settle()
         if pool.stuck():
             stuck.append(seed)
     return stuck

@@ -476,8 +476,12 @@ def test_switch_undone_for_a_lost_rank_says_so(lose):
     assert not harness.state.switches
 
 
-def _break(harness: Harness, *, is_loss: bool) -> None:
-    """Rank 0 reports its broken collective; then rank 1 turns out dead, or drops."""
+def _break_while_going(harness: Harness, *, is_loss: bool) -> None:
+    """While `a` is to be unloaded rank 0 reports its broken collective; then rank 1
+    turns out dead, or drops."""
+    harness.load_ready(spec("a", [0, 1]))
+    harness.generate("a")
+    harness.unload("a", drain_s=30)
     harness.rank(failed(0, 1, phase="step"))
     drops = dict(harness.to_ranks(DropEngine))
     harness.rank(answer(0, drops[0]))
@@ -485,15 +489,12 @@ def _break(harness: Harness, *, is_loss: bool) -> None:
         harness.kill(1)
     else:
         harness.rank(answer(1, drops[1]))
+    harness.answer_all()
 
 
 def test_unload_goes_on_when_a_death_is_heard_of_through_a_peer_first():
     harness = Harness(2)
-    harness.load_ready(spec("a", [0, 1]))
-    harness.generate("a")
-    harness.unload("a", drain_s=30)
-    _break(harness, is_loss=True)
-    harness.answer_all()
+    _break_while_going(harness, is_loss=True)
     answers = harness.to_clients((SwitchDone, CallFailed))
     assert [type(each) for each in answers] == [CallFailed, SwitchDone]
     harness.rank(hello(1, 2, pid=3000, incarnation=1))
@@ -503,11 +504,7 @@ def test_unload_goes_on_when_a_death_is_heard_of_through_a_peer_first():
 
 def test_unload_of_what_breaks_by_itself_turns_back():
     harness = Harness(2)
-    harness.load_ready(spec("a", [0, 1]))
-    harness.generate("a")
-    harness.unload("a", drain_s=30)
-    _break(harness, is_loss=False)
-    harness.answer_all()
+    _break_while_going(harness, is_loss=False)
     assert harness.to_clients(CallFailed)[-1].error.kind == "RankFailure"
     assert phases(harness) == {"a": "ready"}
 

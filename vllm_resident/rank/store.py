@@ -77,7 +77,7 @@ class CancellableStore(dist.Store):
         self._store.set(key, value)
 
     def append(self, key: str, value: bytes) -> None:
-        """Add to what ranks have said under one key; not answered, so it costs none."""
+        """Add to what ranks have said under one key; no answer is waited for."""
         self._written.add(key)
         self._store.append(key, value)
 

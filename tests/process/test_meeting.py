@@ -18,6 +18,8 @@ from vllm_resident.errors import RankTimeout
 from vllm_resident.rank.meeting import Meeting
 from vllm_resident.rank.store import CancellableStore, StoreCancelled
 
+pytestmark = pytest.mark.process
+
 IDENTITY = "7"
 PATIENCE_S = 20.0
 SHORT_S = 0.2
