@@ -34,8 +34,8 @@ class Turns:
         Until the iterator is left the call counts as one of the model's requests.
 
         `waited_s` is how long it has waited before; one that `is_held` waits with the
-        engine's leader. Raises a `ResidentError` where the
-        pool stops or does not answer.
+        engine's leader. Raises a `ResidentError` where the pool stops or does not
+        answer.
         """
         command = AwaitEngine(
             call=self._connection.next_call(),
