@@ -15,9 +15,11 @@ from typing import Any
 
 from vllm_resident.rank.prepare import prepare_process
 
-prepare_process(0, 1)
+DEVICE = prepare_process(0, 1)
 
 # ruff: noqa: E402
+from vllm.config import VllmConfig
+
 from vllm_resident.errors import CommandRejected
 from vllm_resident.messages import (
     BuildEngine,
@@ -47,6 +49,7 @@ class Rank:
         closed = SimpleNamespace(close=lambda: None)
         parts: Any = SimpleNamespace(
             rank=0,
+            device=DEVICE,
             control=self.control,
             lines=closed,
             communicators=closed,
@@ -189,6 +192,8 @@ class FakeEngine:
         self.has_pending = False
         self.has_stopped = False
         self.wishes: list[tuple[int, Wish]] = []
+        self.held: list[int] = []
+        self.config = VllmConfig()
         self.world = SimpleNamespace(enter=lambda: None)
         self.numbers: list[int] = []
 
@@ -208,6 +213,9 @@ class FakeEngine:
 
     def stop(self) -> None:
         self.has_stopped = True
+
+    def hold(self, generation: int) -> None:
+        self.held.append(generation)
 
     def take_wishes(self) -> list[tuple[int, Wish]]:
         wishes, self.wishes = self.wishes, []
@@ -259,6 +267,20 @@ def drop_while_held() -> dict[str, Any]:
     rank.tell(drop(OTHER))
     rank.run()
     return {"said": rank.said(), "left": rank.loop.generations()}
+
+
+def hold_beside_a_build() -> dict[str, Any]:
+    """A follower asks for it while its leader builds another engine."""
+    rank, engine = Rank(), FakeEngine(num_steps=3)
+    fake: Any = engine
+    shared = rank.host(OTHER, engine=fake, leader=fake, requests=fake)
+    shared.ranks.append(1)
+    shared.holds.add((0, BUILT))
+    world: Any = SimpleNamespace(enter=lambda: None)
+    building = rank.host(BUILT, is_building=True, world=world)
+    engine.wishes.append((1, Wish(LAST, done=False)))
+    rank.loop._building._beside(building).take_turn()
+    return {"held": engine.held, "num_steps": engine.num_steps}
 
 
 def sleep_refused_too_late() -> dict[str, Any]:

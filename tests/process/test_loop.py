@@ -21,6 +21,7 @@ SCENARIOS = [
     "drop_behind_what_came_with_the_build",
     "sleep_while_held",
     "drop_while_held",
+    "hold_beside_a_build",
     "sleep_refused_too_late",
 ]
 BUILT, OTHER, LAST = 1, 2, 3
@@ -83,6 +84,15 @@ def test_an_engine_held_by_a_dead_follower_can_be_given_up(results: Results) -> 
     result = results["drop_while_held"]
     assert result["said"] == ["EngineClosed"]
     assert result["left"] == []
+
+
+def test_a_follower_that_forms_a_world_does_not_wait_for_its_leaders_build(
+    results: Results,
+) -> None:
+    """The engine is held for that build already; the follower is told so at once."""
+    result = results["hold_beside_a_build"]
+    assert result["held"] == [LAST]
+    assert result["num_steps"] == 3
 
 
 def test_a_refusal_in_the_middle_of_falling_asleep_is_a_failure(

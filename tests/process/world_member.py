@@ -269,7 +269,8 @@ def absent_member() -> dict[str, Any]:
 class Crossed:
     """Engines over ranks 0 and 1 and over 2 and 3 serve; the worlds that form have one
     rank of each. A leader stops its engine for another's sake only when it has done so
-    for its own world."""
+    for its own world, and hears of it where it serves: before that is formed and after
+    it, not in between."""
 
     def __init__(self) -> None:
         self.is_held = False
@@ -289,7 +290,9 @@ class Crossed:
 def crossed() -> dict[str, Any]:
     """Each of two worlds needs the leader of an engine that is in the other."""
     members = [0, 3] if RANK in (0, 3) else [1, 2]
-    world = form(f"crossed-{members[0]}", members, meanwhile=Crossed())
+    beside = Crossed()
+    world = form(f"crossed-{members[0]}", members, meanwhile=beside)
+    beside.serve()
     result = {"sums": sums(world)}
     meet("crossed/formed")
     world.close()

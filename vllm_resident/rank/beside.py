@@ -18,7 +18,7 @@ from vllm_resident.rank.serving import Serving
 
 
 class Beside:
-    """Of one build (a `world.Meanwhile`); on the main thread.
+    """Of one build (a `meeting.Meanwhile`); on the main thread.
 
     `hear` takes the commands that touch no world and lets the others wait, `step` lets
     one engine do one step.
@@ -82,18 +82,24 @@ class Beside:
         """In the middle of a build: a step of each engine that serves here alone.
 
         An engine of several ranks has to wait: the others may be in a collective of
-        what is built, which this rank has not come to.
+        what is built, which this rank has not come to. Its followers may be about to
+        form a world as well, and wait to be told that it does.
         """
         building, device = self._building, self._parts.device
         if self._parts.control.is_dropped(building.generation):
             raise RankFailure("called off by the controller", phase="load_model")
         self._hear()
         for hosted in self._engines if turns.may_step(device) else ():
-            if not hosted.steps or len(hosted.ranks) > 1:
+            if not hosted.steps:
+                continue
+            assert hosted.engine is not None
+            if len(hosted.ranks) > 1:
+                if hosted.leader is not None:
+                    with turns.aside(hosted.engine.config, device):
+                        self._serving.hear_followers(hosted)
                 continue
             self._serving.hear(hosted)
             if hosted.has_work:
-                assert hosted.engine is not None
                 with turns.aside(hosted.engine.config, device):
                     self._step_beside(hosted)
         assert building.world is not None

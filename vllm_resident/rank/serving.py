@@ -91,13 +91,14 @@ class Serving:
     def hear(self, hosted: Hosted) -> bool:
         """Take what an engine's frontends have sent; True if there was anything."""
         if hosted.leader is not None:
-            self._hear_followers(hosted)
+            self.hear_followers(hosted)
         if hosted.frontends is None or hosted.failed:
             return False
         takes_nothing = hosted.asleep or hosted.suspension is not None
         return hosted.frontends.receive(hold=takes_nothing)
 
-    def _hear_followers(self, hosted: Hosted) -> None:
+    def hear_followers(self, hosted: Hosted) -> None:
+        """On the leader: hold the engine, or no longer, as they have asked."""
         assert hosted.leader is not None
         for follower, wish in hosted.leader.take_wishes():
             if wish.done:
