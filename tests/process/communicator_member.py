@@ -1,4 +1,5 @@
-"""One of N processes that form worlds over SIMULATED device groups and keep them.
+"""One of N processes that form worlds over SIMULATED device groups and keep them, and
+vLLM's own communicators over a SIMULATED NCCL.
 
 Run as `python -m tests.process.communicator_member JSON SCENARIO...`, otherwise like
 `world_member`: vLLM's own parallel state, no engine. The JSON has what a scenario is
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import operator
 import os
 import random
 import sys
@@ -35,8 +37,9 @@ from vllm.platforms import current_platform
 
 from tests.simulation import ascend as stand_in
 from tests.simulation import backend as simulation
+from tests.simulation import nccl as simulated_nccl
 from vllm_resident import shm
-from vllm_resident.rank import groups, holders, ledger
+from vllm_resident.rank import groups, holders, ledger, nccl
 from vllm_resident.rank.communicators import Budget, CommunicatorPool
 from vllm_resident.rank.groups import destroy
 from vllm_resident.rank.process_groups import set_timeout
@@ -46,23 +49,21 @@ OWNER = shm.owner_token(os.getppid())
 STORE = connect_store(60.0)
 BACKEND = "hccl"
 ALL = list(range(SIZE))
-# How long a broken one is waited for: more than a machine pauses, less than a test.
-groups.CHECK_TIMEOUT_S = 4.0
+# How long a broken one is waited for where there is one; elsewhere as long as a machine
+# may pause.
+BREAKING = ("broken_while_kept", "of_another_layout", "vllms_own")
+BROKEN_S, SOUND_S = 6.0, 40.0
+REST_S = 15.0
 POOL = CommunicatorPool(Budget(PLAN.get("num", 1000)), destroy)
 CONFIG = VllmConfig()
 # When each world was formed, vLLM's own groups not yet in it.
 FORMED: list[float] = []
 log = logging.getLogger(__name__)
 
-# What accelerators' communicators come from: the CPU's own has shared memory besides,
-# which is no communicator of the device's and is made anew by each world.
-DEVICE_COMMUNICATOR = (
-    "vllm.distributed.device_communicators.base_device_communicator"
-    ".DeviceCommunicatorBase"
-)
 type(current_platform).get_device_communicator_cls = classmethod(
-    lambda _: DEVICE_COMMUNICATOR
+    lambda _: simulated_nccl.DEVICE_COMMUNICATOR
 )
+simulated_nccl.install(STORE)
 simulation.install("simulated_nccl")
 simulation.install("hccl", creation_s=PLAN.get("creation_s", 0.0))
 
@@ -73,6 +74,7 @@ def form(
     timeout_s: float = 60.0,
     *,
     settle: bool = True,
+    num_stages: int = 1,
     **how: Any,
 ) -> World:
     """The world over `members`, this rank among them, with vLLM's groups in it; more
@@ -94,7 +96,9 @@ def form(
         parallel_state.init_distributed_environment(
             len(members), members.index(RANK), "env://", RANK, BACKEND
         )
-        parallel_state.initialize_model_parallel(len(members), 1, backend=BACKEND)
+        parallel_state.initialize_model_parallel(
+            len(members) // num_stages, num_stages, backend=BACKEND
+        )
     if settle:
         world.settle()
     return world
@@ -116,7 +120,7 @@ def form_and_close(identity: str) -> None:
 
 
 def sums(world: World) -> list[float]:
-    """2**member, summed over the world's groups of both kinds."""
+    """2**member, summed over the world's groups of both kinds, and by vLLM."""
     world.enter()
     group = parallel_state.get_tp_group()
     found = []
@@ -124,7 +128,13 @@ def sums(world: World) -> list[float]:
         mine = torch.full((8,), float(2**RANK))
         dist.all_reduce(mine, group=each)
         found.append(mine[0].item())
-    return found
+    return [*found, sum_by_vllm()]
+
+
+def sum_by_vllm() -> float:
+    """2**member, summed over its NCCL communicator of the tensor-parallel group."""
+    mine = torch.full((8,), float(2**RANK))
+    return parallel_state.get_tp_group().all_reduce(mine)[0].item()
 
 
 def are_right(found: list[float], members: list[int]) -> bool:
@@ -142,6 +152,16 @@ def gauges() -> list[int]:
     gc.collect()
     read = ledger.read(DEVICE, OWNER)
     return [read.num_file_descriptors, read.num_threads, read.num_process_groups]
+
+
+def gauges_at_rest(at_most: list[int]) -> list[int]:
+    """What they come to: a thread that was joined may be about to end."""
+    deadline = time.monotonic() + REST_S
+    while True:
+        read = gauges()
+        if time.monotonic() > deadline or all(map(operator.le, read, at_most)):
+            return read
+        time.sleep(0.1)
 
 
 def partition(draw: random.Random) -> list[list[int]]:
@@ -278,7 +298,7 @@ def budget() -> None:
         told, is_within = _communicators_of_some_bytes(turn)
         POOL.close()
         meet(f"budget/{turn}/closed")
-        after = gauges()
+        after = gauges_at_rest(before)
     POOL.set_budget(Budget(1000))
     say(
         "budget",
@@ -471,6 +491,46 @@ def _break_one(members: list[int]) -> None:
     next(e for e in kept if e.key.backend == BACKEND).handle._aborted.set()
 
 
+def vllms_own() -> None:
+    """vLLM's own NCCL communicators of worlds of two serve the stages of a world of
+    four, checked when they are taken: first sound, then with some that no longer work,
+    then none, since their memory was suspended."""
+    halves = [ALL[: SIZE // 2], ALL[SIZE // 2 :]]
+    mine = next(half for half in halves if RANK in half)
+    POOL.close()
+    right, made, checked = True, [], []
+    for turn in ("sound", "broken", "suspended"):
+        world = form(f"own-{turn}-{mine[0]}", mine)
+        right &= are_right(sums(world), mine)
+        owners = [nccl.of_coordinator(each) for each in world._holders.groups()]
+        owners = [owner for owner in owners if owner is not None]
+        if turn == "suspended":
+            for owner in owners:
+                owner.suspend()
+        world.close(orderly=True)
+        right &= len(owners) > 0 and not any(owner.available for owner in owners)
+        if turn == "broken" and RANK == 1:
+            for each in POOL.within(mine):
+                if each.key.backend == nccl.BACKEND:
+                    simulated_nccl.break_one(each.handle)
+        meet(f"vllms_own/{turn}")
+        before = replace(simulated_nccl.counts)
+        world = form(f"own-whole-{turn}", ALL, num_stages=2)
+        right &= are_right([sum_by_vllm()], mine)
+        made.append(simulated_nccl.counts.made - before.made)
+        checked.append(simulated_nccl.counts.beside - before.beside)
+        meet(f"vllms_own/{turn}/formed")
+        world.close(orderly=True)
+    POOL.close()
+    say(
+        "vllms_own",
+        right=right,
+        made=made,
+        checked=checked,
+        open=simulated_nccl.num_open(),
+    )
+
+
 def ascend() -> None:
     """Two worlds with an Ascend platform's globals, by a STAND-IN of it."""
     found: dict[str, Any] = {
@@ -553,6 +613,7 @@ def run(scenario: Callable[[], None]) -> None:
     log.info("scenario %s", scenario.__name__)
     is_timed = scenario.__name__ in ("layouts", "without_pool")
     simulation.settings.creation_s = PLAN["creation_s"] if is_timed else 0.01
+    groups.CHECK_TIMEOUT_S = BROKEN_S if scenario.__name__ in BREAKING else SOUND_S
     meet(f"{scenario.__name__}/begin")
     scenario()
 

@@ -1,11 +1,12 @@
 """The process groups of one world, made anew or taken from what the rank has kept.
 
-torch and vLLM are led here by `hooks`: so vLLM's groups, the default one and an
-out-of-tree platform's are all kept and used again without their knowing. Which may be
-is agreed upon when a world's ranks meet (`communicators`, `meeting`): all of them take
-the same one, or all make one. What vLLM asks of a group's ranks each time, though they
-stay where they are, is remembered with it. With `world`, `hooks`, `meeting`,
-`process_groups`, `store` and `holders` the only module that touches torch.distributed.
+torch and vLLM are led here by `hooks`: so vLLM's groups, the default one, an
+out-of-tree platform's and vLLM's own NCCL communicators (`nccl`) are all kept and used
+again without their knowing. Which may be is agreed upon when a world's ranks meet
+(`communicators`, `meeting`): all of them take the same one, or all make one. What vLLM
+asks of a group's ranks each time, though they stay where they are, is remembered with
+it. With `world`, `hooks`, `meeting`, `process_groups`, `store` and `holders` the only
+module that touches torch.distributed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import vllm.envs as envs
 from torch.distributed import distributed_c10d as c10d
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
+from vllm_resident.rank import nccl
 from vllm_resident.rank.communicators import (
     Agreement,
     Communicator,
@@ -77,8 +82,8 @@ class Groups:
         self._agreement = Agreement()
         # Names of those agreed on that were not checked yet; they are when taken.
         self._unchecked: set[str] = set()
-        # Those of this world, by their process group.
-        self._mine: dict[dist.ProcessGroup, Communicator] = {}
+        # Those of this world, by their process group or object of vLLM's.
+        self._mine: dict[Any, Communicator] = {}
         # What the making of groups wrote, until they are kept or the world is closed.
         self._stores: list[CancellableStore] = []
         self._is_closing = False
@@ -180,12 +185,11 @@ class Groups:
             return None
         parts = [options]
         if backend != "gloo":
-            # Whether it is bound, not to which: that is another on each member.
-            parts.append(getattr(arguments.get("device_id"), "type", "unbound"))
-            parts += [str(os.environ.get(name)) for name in _VARIABLES]
-        return Key(
-            tuple(self.members[place] for place in places), backend, " ".join(parts)
-        )
+            parts += _of_device(arguments.get("device_id"))
+        return Key(self._ranks(places), backend, " ".join(parts))
+
+    def _ranks(self, places: Iterable[int]) -> tuple[int, ...]:
+        return tuple(self.members[place] for place in places)
 
     def _next(self, key: Key, group_name: str) -> Offer | None:
         """The same on all ranks of the world, which all make the group now."""
@@ -232,6 +236,55 @@ class Groups:
         c10d._world.pg_map[group] = (c10d._world.pg_map[group][0], store)
         return group, store
 
+    def make_nccl(self, owner: PyNcclCommunicator, group: Any, device: Any) -> None:
+        """In the place of its `__init__`, by the members of one group of the world."""
+        is_torchs = isinstance(group, dist.ProcessGroup)
+        # What is registered with one (symmetric memory) is not told apart from it.
+        if not is_torchs or group.size() == 1 or envs.VLLM_USE_NCCL_SYMM_MEM:
+            nccl.make(owner, group, device)
+            return
+        ranks = self._ranks(dist.get_process_group_ranks(group))
+        key = Key(ranks, nccl.BACKEND, " ".join(_of_device(device)))
+        if (offer := self._next_of_members(key, group)) is not None:
+            communicator = self._pool.take(offer.name)
+            communicator.handle.attach(owner, group)
+            self._mine[owner] = communicator
+            return
+        before = self._memory_used()
+        nccl.make(owner, group, device)
+        if not owner.available:
+            return
+        num_bytes = max(0, self._memory_used() - before)
+        name = f"{self._meeting.identity}/nccl/{group.group_name}/"
+        name += str(sum(each.name.startswith(name) for each in self._mine.values()))
+        handle = nccl.NcclCommunicator(owner)
+        self._mine[owner] = Communicator(name, key, handle, num_bytes)
+        self._pool.counts.made += 1
+
+    def _next_of_members(self, key: Key, group: dist.ProcessGroup) -> Offer | None:
+        """As `_next`, where only the members are asked: the others make none now."""
+        while (offer := self._agreement.first(key, self._unchecked)) is not None:
+            self._agreement = self._agreement.without([offer.name])
+            if offer.name not in self._unchecked:
+                return offer
+            self._unchecked.discard(offer.name)
+            num_failed = torch.tensor(len(self._check([offer], self._timeout_s / 2)))
+            dist.all_reduce(num_failed, group=group)
+            if not num_failed:
+                return offer
+            self._pool.discard([offer.name])
+        return None
+
+    def retire_nccl(self, owner: PyNcclCommunicator) -> bool:
+        """As `retire`, of one that vLLM is about to destroy. Main thread."""
+        communicator = self._mine.get(owner)
+        if communicator is None:
+            return False
+        if self._is_closing and communicator.handle.detach():
+            return True
+        del self._mine[owner]
+        return False
+
     def retire(self, group: dist.ProcessGroup) -> bool:
         """Whether a group that is about to be destroyed is set aside instead, which it
         is where its world closes in order. No map of c10d's has it any more then."""
@@ -272,7 +325,11 @@ class Groups:
         self._is_closing = keep and not self.is_broken
         # Somebody may have destroyed one by a way that does not lead through here.
         there = c10d._world.pg_map
-        self._mine = {g: each for g, each in self._mine.items() if g in there}
+        self._mine = {
+            g: each
+            for g, each in self._mine.items()
+            if g in there or each.key.backend == nccl.BACKEND
+        }
 
     def end_close(self) -> bool:
         """Keep what was set aside, True if it may be; delete what the others wrote to
@@ -281,7 +338,8 @@ class Groups:
             mine, self._mine = self._mine, {}
             stores, self._stores = self._stores, []
             keep = self._is_closing and not self.is_broken
-        kept = list(mine.values())
+        # Of vLLM's own those that it has let go of; it looks after the others.
+        kept = [e for e in mine.values() if getattr(e.handle, "is_kept", True)]
         mine.clear()
         for each in kept:
             each.served = tuple(self.members)
@@ -305,7 +363,8 @@ class Groups:
             mine = list(self._mine.values())
             stores = [*self._stores, *(each.store for each in mine)]
         for store in stores:
-            store.cancel()
+            if store is not None:
+                store.cancel()
 
 
 def destroy(communicators: list[Communicator]) -> None:
@@ -323,12 +382,21 @@ def destroy(communicators: list[Communicator]) -> None:
         abort(each.handle)
         (broken if each.is_broken else sound).append((each.store, each.handle))
         each.handle = None
+        if each.store is None:
+            continue
         with suppress(dist.DistError):
             each.store.cancel()
             each.store.delete_written()
     if broken:
         threading.Thread(target=broken.clear, daemon=True).start()
     let_go(sound)
+
+
+def _of_device(device: Any) -> list[str]:
+    """What else makes one over devices another than one like it: whether it is bound,
+    not to which, since that differs from member to member."""
+    kind = getattr(device, "type", "unbound")
+    return [kind, *(str(os.environ.get(name)) for name in _VARIABLES)]
 
 
 def _declared_bytes(options: Any) -> int:

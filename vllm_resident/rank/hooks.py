@@ -1,8 +1,9 @@
-"""Where torch and vLLM are led to a world's `Groups`: three functions of theirs.
+"""Where torch and vLLM are led to a world's `Groups`: five functions of theirs.
 
-c10d makes every group in one function and destroys it in another; vLLM asks in a third
-which ranks share a machine. While the world that is entered has `Groups`, all three
-pass through them, else they do as ever. In force once this module is imported.
+c10d makes every group in one function and destroys it in another, vLLM its own NCCL
+communicators in two more; in the fifth it asks which ranks share a machine. While the
+world that is entered has `Groups`, all pass through them, else they do as ever. In
+force once this module is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from vllm.distributed import parallel_state
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+from vllm_resident.rank import nccl
 
 _make = c10d._new_process_group_helper
 _destroy = c10d.destroy_process_group
@@ -56,7 +60,25 @@ def _ask_once(pg: Any, source_rank: int = 0) -> list[bool]:
     return groups.on_same_machine(_ask, pg, source_rank)
 
 
+def _make_or_take_nccl(
+    self: PyNcclCommunicator, group: Any, device: Any, library_path: str | None = None
+) -> None:
+    groups = getattr(c10d._world, "groups", None)
+    if groups is None or library_path is not None:
+        nccl.make(self, group, device, library_path)
+    else:
+        groups.make_nccl(self, group, device)
+
+
+def _destroy_or_keep_nccl(self: PyNcclCommunicator) -> None:
+    groups = getattr(c10d._world, "groups", None)
+    if groups is None or not groups.retire_nccl(self):
+        nccl.destroy(self)
+
+
 # Callers look them up where they are defined, or in torch.distributed.
 c10d._new_process_group_helper = _make_or_take
 c10d.destroy_process_group = dist.destroy_process_group = _destroy_or_keep
 parallel_state.in_the_same_node_as = _ask_once
+PyNcclCommunicator.__init__ = _make_or_take_nccl
+PyNcclCommunicator.destroy = _destroy_or_keep_nccl

@@ -30,7 +30,7 @@ from torch.distributed import Store
 from torch.distributed import distributed_c10d as c10d
 
 from vllm_resident.errors import RankTimeout
-from vllm_resident.rank import ambient, hooks, mapping  # noqa: F401 (hooks: in force)
+from vllm_resident.rank import ambient, hooks, mapping, nccl  # noqa: F401 (hooks)
 from vllm_resident.rank.communicators import CommunicatorPool, Offer
 from vllm_resident.rank.groups import Groups
 from vllm_resident.rank.holders import Holders
@@ -108,15 +108,11 @@ def num_process_groups() -> int:
 def num_suspended_communicators() -> int:
     """Those of sleeping engines whose memory NCCL has given back; any thread."""
     communicators = [
-        _vllm_nccl(group) for world in _alive() for group in world._holders.groups()
+        nccl.of_coordinator(group)
+        for world in _alive()
+        for group in world._holders.groups()
     ]
     return sum(getattr(each, "_suspended", False) for each in communicators)
-
-
-def _vllm_nccl(group: Any) -> Any:
-    """The NCCL communicator that vLLM made for a group beside torch's, if it did."""
-    communicator = getattr(group, "device_communicator", None)
-    return getattr(communicator, "pynccl_comm", None)
 
 
 def _alive() -> list[World]:
@@ -356,9 +352,10 @@ class World:
     def _abort_groups(self) -> None:
         # vLLM's own NCCL communicators; each waits up to 5 s for its abort.
         for group in list(self._holders.groups()):
-            communicator = _vllm_nccl(group)
-            if communicator is not None:
-                threading.Thread(target=communicator.destroy, daemon=True).start()
+            if (owner := nccl.of_coordinator(group)) is not None:
+                threading.Thread(
+                    target=nccl.destroy, args=(owner,), daemon=True
+                ).start()
         names = dict(self._c10d.pg_names)
         groups = sorted(names, key=lambda each: names[each], reverse=True)
         with _as_one(groups):
