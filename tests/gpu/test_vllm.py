@@ -250,7 +250,7 @@ def test_worlds_of_two_devices_are_formed_and_closed_again(
         pytest.skip("needs two devices")
     load(client, "first", models[0])
     client.sleep("first")
-    seconds, used = [], []
+    seconds, used, wides = [], [], []
     for _ in range(NUM_CYCLES):
         report = client.load(
             "wide",
@@ -264,8 +264,11 @@ def test_worlds_of_two_devices_are_formed_and_closed_again(
         client.sleep("wide")
         client.wake_up("wide")
         assert tokens_of(client, "wide") == wide
+        wides.append(wide)
         client.unload("wide")
         used.append(used_bytes(client))
+    # The first made the communicators that the others took.
+    assert wides == wides[:1] * NUM_CYCLES
     client.wake_up("first")
     assert tokens_of(client, "first") == plain[models[0]]
     figure(

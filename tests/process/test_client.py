@@ -328,6 +328,26 @@ async def test_a_client_that_stood_still_itself_listens_first(
         assert await asking == STATUS
 
 
+async def test_what_came_in_the_last_step_is_heard(
+    serve: Serve, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the client stood still until its time was over."""
+    monkeypatch.setattr(connection, "MAX_STEP_S", 60.0)
+    stands_still = threading.Event()
+
+    def answer(message: Any) -> list[Answer]:
+        assert stands_still.wait(20)
+        return [StatusReported(call=message.call, status=STATUS)]
+
+    controller = serve(answer)
+    async with AsyncClient(endpoint, connect_timeout_s=2.0) as client:
+        asking = asyncio.create_task(client.status())
+        await asyncio.to_thread(controller.wait_for, GetStatus)
+        stands_still.set()
+        time.sleep(3)  # noqa: ASYNC251 (this loop does)
+        assert await asking == STATUS
+
+
 def test_a_call_that_outlives_its_own_deadline_ends(
     serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,19 @@ def test_a_rank_stuck_in_a_step_of_what_it_is_to_give_up_is_ended(
     with stuck_rank(tmp_path, 2, 1) as rank:
         rank.send(drop(1))
         assert rank.wait() == 70
+
+
+def test_a_rank_that_was_suspended_has_time_left_to_give_up(rank: StuckRank) -> None:
+    """As where the machine was paused: the main thread has not run either."""
+    rank.send(DropEngine(generation=1, reason="too late", timeout_s=3.0))
+    assert isinstance(rank.receive(END_S), Heartbeat)
+    assert isinstance(rank.receive(END_S), Heartbeat)
+    rank.process.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)
+    rank.process.send_signal(signal.SIGCONT)
+    for _ in range(8):
+        assert isinstance(rank.receive(END_S), Heartbeat)
+    assert rank.wait() == 70
 
 
 def test_a_mailbox_left_by_a_slow_sender_does_not_wake_its_reader_for_ever() -> None:

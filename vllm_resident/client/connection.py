@@ -54,6 +54,7 @@ ENDPOINT_VARIABLE = "VLLM_RESIDENT_CONTROLLER"
 SILENCE_TIMEOUT_S = 15.0
 # At most so much of a silence is counted at a time.
 MAX_STEP_S = 1.0
+LAST_LOOK_S = 0.1
 # What a command may take beyond its own deadline, which the controller keeps: undoing
 # on every rank what was begun.
 UNWIND_TIMEOUT_S = 120.0
@@ -202,17 +203,19 @@ class Connection:
             left_s = end - time.monotonic()
             # In steps that count for no more than they were to take: whoever stood
             # still has not listened, and what came meanwhile is about to be read.
-            step_s = min(silence_s - silent_s, left_s, MAX_STEP_S)
-            try:
-                async with asyncio.timeout(step_s):
-                    reply = await queue.get()
-            except TimeoutError:
+            step_s = min(silence_s - silent_s, max(left_s, 0.0), MAX_STEP_S)
+            if (reply := await _within(step_s, queue)) is None:
                 silent_s += step_s
-                if left_s <= step_s:
-                    raise self._overdue(timeout_s) from None
-                if silent_s >= silence_s:
-                    raise self._silent(silence_s) from None
-                continue
+                is_overdue = left_s <= step_s
+                if not is_overdue and silent_s < silence_s:
+                    continue
+                # In the last step too.
+                if (reply := await _within(LAST_LOOK_S, queue)) is None:
+                    raise (
+                        self._overdue(timeout_s)
+                        if is_overdue
+                        else self._silent(silence_s)
+                    )
             yield reply
             silence_s, silent_s = SILENCE_TIMEOUT_S, 0.0
 
@@ -279,6 +282,17 @@ class Connection:
     def _fail_all(self, error: ErrorInfo) -> None:
         for call, queue in self._calls.items():
             queue.put_nowait(CallFailed(call=call, error=error))
+
+
+async def _within(
+    seconds: float, queue: asyncio.Queue[ToClientMessage]
+) -> ToClientMessage | None:
+    """The next message, if it comes in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await queue.get()
+    except TimeoutError:
+        return None
 
 
 def _is_last(reply: ToClient) -> bool:

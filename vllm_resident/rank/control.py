@@ -81,7 +81,8 @@ class Mailbox:
 
 @dataclass(frozen=True)
 class _Guard:
-    """A deadline by which the main thread must have done something, or the end.
+    """A deadline by which the main thread must have done something, or the end; in the
+    time that this thread has lived.
 
     With a `generation`: of giving that up, which waits for the end of a command that
     the main thread carries out for another.
@@ -122,6 +123,8 @@ class Control(threading.Thread):
         self._gauges = gauges
         self._launcher = os.getppid()
         self._num_unanswered = 0
+        # Seconds, but for those in which the process was itself suspended.
+        self._lived_s = 0.0
         self._exiting = False
         self._dropped: set[int] = set()
         self._worlds: dict[int, World] = {}
@@ -179,19 +182,19 @@ class Control(threading.Thread):
         status: int = STUCK_STATUS,
         generation: int | None = None,
     ) -> None:
-        deadline = time.monotonic() + timeout_s
+        deadline = self._lived_s + timeout_s
         with self._lock:
             self._guards[generation] = _Guard(
                 deadline, timeout_s, what, status, generation
             )
 
-    def _late(self, now: float) -> list[_Guard]:
+    def _late(self) -> list[_Guard]:
         """Guards that are over; those that wait for something else are put off.
 
         What is waited for has a deadline of its own: past it the controller gives that
         up too, which is then guarded itself.
         """
-        working = self._at_work
+        working, now = self._at_work, self._lived_s
         with self._lock:
             for key, guard in self._guards.items():
                 generation = guard.generation
@@ -218,7 +221,7 @@ class Control(threading.Thread):
         poller.register(self._outbox.fd, zmq.POLLIN)
         poller.register(self._signals, zmq.POLLIN)
         self._post(socket, self._hello())
-        next_beat = time.monotonic()
+        next_beat = last_beat = time.monotonic()
         while True:
             events = dict(
                 poller.poll(max(0, int(1000 * (next_beat - time.monotonic()))))
@@ -233,8 +236,10 @@ class Control(threading.Thread):
                 self._receive(socket)
             if self._signals in events:
                 self._signalled(os.read(self._signals, 64))
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + HEARTBEAT_S
+            now = time.monotonic()
+            if now >= next_beat:
+                self._lived_s += min(now - last_beat, 2 * HEARTBEAT_S)
+                next_beat, last_beat = now + HEARTBEAT_S, now
                 self._beat(socket)
 
     def _beat(self, socket: zmq.Socket[bytes]) -> None:
@@ -251,7 +256,7 @@ class Control(threading.Thread):
             self._end(1, "the launcher is gone")
         if self._num_unanswered * HEARTBEAT_S > CONTROLLER_SILENCE_S:
             self._end(1, f"no word from the controller for {CONTROLLER_SILENCE_S:g} s")
-        if late := self._late(time.monotonic()):
+        if late := self._late():
             self._end(late[0].status, f"stuck: {late[0].what}")
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
