@@ -145,6 +145,14 @@ def test_a_rank_stuck_in_a_step_of_what_it_is_to_give_up_is_ended(
         assert rank.wait() == 70
 
 
+def test_a_rank_that_another_process_is_told_to_leave_stays(rank: StuckRank) -> None:
+    """Two had its name for a moment."""
+    another = os.getpid()
+    rank.send(ExitRank(reason="not of this pool", failed=True, pid=another))
+    rank.send(drop(1))
+    assert rank.wait() == 70
+
+
 def test_a_rank_that_was_suspended_has_time_left_to_give_up(rank: StuckRank) -> None:
     """As where the machine was paused: the main thread has not run either."""
     rank.send(DropEngine(generation=1, reason="too late", timeout_s=3.0))

@@ -194,6 +194,7 @@ def test_rank_that_does_not_belong_is_told_to_exit(changes, says):
     ((rank, answer_),) = harness.to_ranks()
     assert rank == message.rank
     assert isinstance(answer_, ExitRank)
+    assert answer_.pid == message.pid
     assert answer_.failed
     assert says in answer_.reason
     assert harness.state == before

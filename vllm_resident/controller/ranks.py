@@ -32,7 +32,9 @@ def on_hello(state: PoolState, hello: Hello, now: float) -> None:
     end = _end_of_pool(state, hello)
     if reason := end or _refusal(state, hello):
         state.effects.append(Note(f"rank {hello.rank} (pid {hello.pid}): {reason}"))
-        state.send_to_rank(hello.rank, ExitRank(reason=reason, failed=not end))
+        state.send_to_rank(
+            hello.rank, ExitRank(reason=reason, failed=not end, pid=hello.pid)
+        )
         return
     if not state.world_size:
         state.world_size = hello.world_size
@@ -162,9 +164,7 @@ def _note_complete(state: PoolState) -> None:
 def on_heartbeat(state: PoolState, message: Heartbeat) -> None:
     rank = state.ranks.get(message.rank)
     if rank is not None and rank.evicted and _incarnation(rank) == message.incarnation:
-        state.send_to_rank(
-            rank.rank, ExitRank(reason="it did not answer in time", failed=True)
-        )
+        _end(state, rank, "it did not answer in time")
     elif (
         rank is None
         or not state.is_attached(rank.rank)
@@ -209,8 +209,13 @@ def _give_up_communicators(state: PoolState, lost: Rank) -> None:
 
 def evict(state: PoolState, rank: Rank, error: RankFailure, now: float) -> None:
     """Give up a rank that does not answer; its launcher starts it again."""
-    state.send_to_rank(rank.rank, ExitRank(reason=error.message, failed=True))
+    _end(state, rank, error.message)
     lose(state, rank, error.message, now, evicted=True)
+
+
+def _end(state: PoolState, rank: Rank, reason: str) -> None:
+    pid = rank.hello.pid if rank.hello else 0
+    state.send_to_rank(rank.rank, ExitRank(reason=reason, failed=True, pid=pid))
 
 
 def tick(state: PoolState, elapsed_s: float, now: float) -> None:

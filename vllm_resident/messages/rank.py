@@ -328,10 +328,12 @@ class DisconnectFrontend(ToRank, frozen=True, kw_only=True):
 
 
 class ExitRank(ToRank, frozen=True, kw_only=True):
-    """End the process with exit status 0 (or, with `failed`, 1)."""
+    """End the process with exit status 0 (or, with `failed`, 1); with a `pid`, only the
+    one it is meant for: another may answer to the rank's name by now."""
 
     reason: str
     failed: bool = False
+    pid: int = 0
 
 
 RankMessage = (

@@ -29,7 +29,7 @@ from vllm_resident.rank.rpc import SocketFolder
 log = logging.getLogger("vllm_resident.rank")
 
 STORE_TIMEOUT_S = 300.0
-CONTROLLER_START_S = 20.0
+CONTROLLER_START_S = 60.0
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

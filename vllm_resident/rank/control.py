@@ -283,6 +283,9 @@ class Control(threading.Thread):
     def _deliver(self, message: ToRankMessage) -> None:
         """Do what cannot wait for the main thread to come round, then tell it."""
         match message:
+            case ExitRank(pid=pid) if pid not in (0, os.getpid()):
+                log.warning("event=exit_of_another pid=%d", pid)
+                return
             case ExitRank():
                 self._call_off_builds(message)
             case DropEngine():
