@@ -24,8 +24,9 @@ BACKEND = "vllm-nccl"
 make = PyNcclCommunicator.__init__
 _destroy = PyNcclCommunicator.destroy
 
-_by_owner: weakref.WeakKeyDictionary[PyNcclCommunicator, NcclCommunicator]
-_by_owner = weakref.WeakKeyDictionary()
+_by_owner: weakref.WeakKeyDictionary[PyNcclCommunicator, NcclCommunicator] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def of_coordinator(group: Any) -> PyNcclCommunicator | None:
