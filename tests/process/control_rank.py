@@ -1,9 +1,10 @@
 """A rank's control thread in a process of its own, with a main thread that is stuck.
 
-Run as `python -m tests.process.control_rank ENDPOINT [GENERATION ...]`: the main thread
-blocks for ever in a way that no signal handler written in Python can interrupt, as it
-would inside a collective, at work on these generations, each within the one before;
-only the control thread can end the process.
+Run as `python -m tests.process.control_rank ENDPOINT [[has=]GENERATION ...]`:
+the main thread blocks for ever in a way that no signal handler written in Python can
+interrupt, as it would inside a collective, at work on these generations, each within
+the one before; one that it "has" it may hold something of. Only the control thread can
+end the process.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
     control.start()
     work = contextlib.ExitStack()
-    for generation in sys.argv[2:]:
-        work.enter_context(control.at_work_on(int(generation)))
+    for argument in sys.argv[2:]:
+        generation = int(argument.removeprefix("has="))
+        assert control.begin(generation)
+        if "=" not in argument:
+            work.enter_context(control.at_work_on(generation))
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(MUTEX_BYTES)
     libc.pthread_mutex_lock(mutex)

@@ -29,6 +29,7 @@ from vllm_resident.messages import (
     EngineMemory,
     ExitRank,
     PrepareEngine,
+    RankGauges,
     SuspendEngine,
     ToRankMessage,
 )
@@ -45,7 +46,8 @@ class Rank:
     """A rank whose build of `BUILT` is the `meanwhile` that a scenario gives."""
 
     def __init__(self) -> None:
-        self.control = Control(0, 0, "inproc://nowhere", lambda: None, lambda: None)  # type: ignore[arg-type,return-value]
+        gauges = RankGauges(0, 0, 0, 0, 0)
+        self.control = Control(0, 0, "inproc://nowhere", lambda: None, lambda: gauges)  # type: ignore[arg-type,return-value]
         closed = SimpleNamespace(close=lambda: None)
         parts: Any = SimpleNamespace(
             rank=0,
@@ -65,6 +67,7 @@ class Rank:
     def host(self, generation: int, **state: Any) -> Hosted:
         hosted = Hosted(generation, f"e{generation}", [0], **state)
         self.loop._engines.add(hosted)
+        assert self.control.begin(generation)
         return hosted
 
     def _prepare(self, command: PrepareEngine) -> None:

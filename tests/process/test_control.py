@@ -19,6 +19,7 @@ import zmq
 
 from vllm_resident.messages import (
     DropEngine,
+    EngineClosed,
     ExitRank,
     Heartbeat,
     HeartbeatAck,
@@ -39,7 +40,7 @@ IDENTITY = b"rank-0"
 class StuckRank:
     """The process, and the controller's end of its channel."""
 
-    def __init__(self, folder: Path, *at_work_on: int) -> None:
+    def __init__(self, folder: Path, *state: int | str) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = open_socket(self._context, zmq.ROUTER)
         endpoint = f"ipc://{folder}/control"
@@ -47,7 +48,7 @@ class StuckRank:
         self._decoder: Decoder[RankMessage] = Decoder(RankMessage)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.process.control_rank", endpoint]
-            + [str(generation) for generation in at_work_on],
+            + [str(each) for each in state],
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -83,8 +84,9 @@ class StuckRank:
 
 
 @contextmanager
-def stuck_rank(folder: Path, *at_work_on: int) -> Iterator[StuckRank]:
-    rank = StuckRank(folder, *at_work_on)
+def stuck_rank(folder: Path, *state: int | str) -> Iterator[StuckRank]:
+    """`state` as of `control_rank`."""
+    rank = StuckRank(folder, *state)
     try:
         assert isinstance(rank.receive(START_S), Hello)
         assert isinstance(rank.receive(END_S), Heartbeat)
@@ -128,12 +130,24 @@ def drop(generation: int) -> DropEngine:
 
 def test_a_rank_at_work_on_another_engine_is_not_stuck(tmp_path: Path) -> None:
     """It can give one up only when it comes to it; what it works on has its own end."""
-    with stuck_rank(tmp_path, 2) as rank:
+    with stuck_rank(tmp_path, 2, "has=1") as rank:
         rank.send(drop(1))
         for _ in range(10):
             assert isinstance(rank.receive(END_S), Heartbeat)
         rank.send(drop(2))
         assert rank.wait() == 70
+
+
+def test_what_a_rank_at_work_on_another_engine_has_nothing_of_is_given_up(
+    tmp_path: Path,
+) -> None:
+    """At once: who waits for it would wait for that other one."""
+    with stuck_rank(tmp_path, 2) as rank:
+        rank.send(drop(1))
+        while isinstance(said := rank.receive(END_S), Heartbeat):
+            rank.send(HeartbeatAck())
+        assert isinstance(said, EngineClosed)
+        assert (said.generation, said.memory_after_bytes) == (1, 1)
 
 
 def test_a_rank_stuck_in_a_step_of_what_it_is_to_give_up_is_ended(

@@ -65,7 +65,7 @@ class Building:
     def prepare(self, command: messages.PrepareEngine) -> None:
         since = time.monotonic()
         generation = command.generation
-        if self._parts.control.is_dropped(generation):
+        if not self._parts.control.begin(generation):
             return
         try:
             self._reports.begin(generation, command.name, "prepare")

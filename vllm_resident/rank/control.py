@@ -26,6 +26,7 @@ import zmq
 from vllm_resident.errors import ProtocolError
 from vllm_resident.messages import (
     DropEngine,
+    EngineClosed,
     ExitRank,
     FromRank,
     Heartbeat,
@@ -126,7 +127,11 @@ class Control(threading.Thread):
         # Seconds, but for those in which the process was itself suspended.
         self._lived_s = 0.0
         self._exiting = False
+        # What the main thread may hold something of; what was given up; and of that,
+        # what it held nothing of and the controller was told so.
+        self._begun: set[int] = set()
         self._dropped: set[int] = set()
+        self._told: set[int] = set()
         self._worlds: dict[int, World] = {}
         self._guards: dict[int | None, _Guard] = {}
         # What the main thread works on, each within the one before.
@@ -149,6 +154,18 @@ class Control(threading.Thread):
     def is_dropped(self, generation: int) -> bool:
         """Whether the generation was given up, or the whole rank; any thread."""
         return self._exiting or generation in self._dropped
+
+    def begin(self, generation: int) -> bool:
+        """The main thread takes it up; False if it was given up before."""
+        with self._lock:
+            if self.is_dropped(generation):
+                return False
+            self._begun.add(generation)
+            return True
+
+    def has_told_end(self, generation: int) -> bool:
+        """Whether the controller was told already that nothing is held of it."""
+        return generation in self._told
 
     @contextmanager
     def at_work_on(self, generation: int) -> Iterator[None]:
@@ -173,7 +190,8 @@ class Control(threading.Thread):
         with self._lock:
             self._worlds.pop(generation, None)
             self._guards.pop(generation, None)
-        self._dropped.discard(generation)
+            for each in (self._begun, self._dropped, self._told):
+                each.discard(generation)
 
     def _guard(
         self,
@@ -306,15 +324,31 @@ class Control(threading.Thread):
             world.call_off()
 
     def _call_off(self, message: DropEngine) -> None:
-        self._dropped.add(message.generation)
+        generation, working = message.generation, self._at_work
+        with self._lock:
+            self._dropped.add(generation)
+            world = self._worlds.get(generation)
+            # The main thread may not come round to say so for minutes.
+            if working and generation not in {*self._begun, *working}:
+                self._told.add(generation)
+        if generation in self._told:
+            used = self._gauges().memory_used_bytes
+            self.send(
+                EngineClosed(
+                    rank=self._rank,
+                    generation=generation,
+                    phases={},
+                    memory_before_bytes=used,
+                    memory_after_bytes=used,
+                )
+            )
+            return
         self._guard(
             message.timeout_s,
-            f"generation {message.generation} not given up within "
+            f"generation {generation} not given up within "
             f"{message.timeout_s:g} s ({message.reason})",
-            generation=message.generation,
+            generation=generation,
         )
-        with self._lock:
-            world = self._worlds.get(message.generation)
         if world is not None:
             world.abort()
 

@@ -170,7 +170,7 @@ class Stopping:
         hosted = self._engines.get(generation)
         if hosted is not None:
             self._finish_close(hosted)
-        else:
+        elif not self._parts.control.has_told_end(generation):
             used = self._parts.memory_used()
             self._reports.close(generation, {}, used, used)
         self._parts.control.forget(generation)
