@@ -43,6 +43,7 @@ from vllm_resident.rank import (
     holdings,
     layers,
     ledger,
+    refusal,
     sleep,
     turns,
 )
@@ -126,7 +127,7 @@ def configure(model: str, engine_args: dict[str, Any]) -> Prepared:
     # nothing was built, so it is the caller's to mend.
     except Exception as error:
         raise CommandRejected(
-            f"vLLM refuses this engine: {type(error).__name__}: {error}"
+            f"vLLM refuses this engine: {refusal.in_words(error)}"
         ) from error
     finally:
         ambient.set_variables(outside)

@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.tool_parsers import ToolParserManager
 
 from vllm_resident.errors import CommandRejected
+from vllm_resident.rank import refusal
 
 
 def server_arguments(
@@ -35,7 +36,7 @@ def server_arguments(
     # Of pydantic, of vLLM's checks, of a template or plugin that cannot be read.
     except Exception as error:
         raise CommandRejected(
-            f"vLLM's server refuses these options: {type(error).__name__}: {error}"
+            f"vLLM's server refuses these options: {refusal.in_words(error)}"
         ) from error
     _check_adapters(arguments, config)
     return arguments
