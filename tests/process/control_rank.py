@@ -45,10 +45,10 @@ def main() -> None:
     control = controls.Control(0, 0, sys.argv[1], hello, lambda: GAUGES)
     signal.set_wakeup_fd(control.signal_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    control.start()
     work = contextlib.ExitStack()
     for generation in sys.argv[2:]:
         work.enter_context(control.at_work_on(int(generation)))
+    control.start()
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(MUTEX_BYTES)
     libc.pthread_mutex_lock(mutex)
