@@ -32,7 +32,7 @@ from vllm_resident.messages import (
     WakeUpEngine,
 )
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
 POOL_FILE = """
 [pool]
