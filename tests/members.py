@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def run(
@@ -25,7 +27,7 @@ def run(
 ) -> tuple[list[int], list[str]]:
     """Exit statuses and outputs, by rank; fails where one takes longer than
     `timeout_s`. No process is left afterwards."""
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(num_ranks)]
         deadline = time.monotonic() + timeout_s
@@ -52,6 +54,18 @@ def by_scenario(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
                 result = json.loads(line.removeprefix("RESULT "))
                 found.setdefault(result["scenario"], []).append(result)
     return found
+
+
+def free_port() -> int:
+    """For a listener that is yet to be started: none of those that the kernel gives to
+    whoever asks for any."""
+    lowest, highest = map(int, PORT_RANGE.read_text().split())
+    others = [*range(10_000, lowest), *range(highest + 1, 2**16)]
+    for port in random.sample(others, len(others)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError(f"no port is free outside of {lowest} to {highest}")
 
 
 def _texts(logs: list[Path]) -> list[str]:
@@ -81,10 +95,3 @@ def _start(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

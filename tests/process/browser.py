@@ -21,8 +21,8 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-START_S = 30.0
-WAIT_S = 15.0
+START_S = 90.0
+WAIT_S = 60.0
 PROGRAM = next(
     (
         found

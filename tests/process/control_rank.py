@@ -46,13 +46,13 @@ def main() -> None:
     control = controls.Control(0, 0, sys.argv[1], hello, lambda: GAUGES)
     signal.set_wakeup_fd(control.signal_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    control.start()
     work = contextlib.ExitStack()
     for argument in sys.argv[2:]:
         generation = int(argument.removeprefix("has="))
         assert control.begin(generation)
         if "=" not in argument:
             work.enter_context(control.at_work_on(generation))
+    control.start()
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(MUTEX_BYTES)
     libc.pthread_mutex_lock(mutex)

@@ -245,7 +245,7 @@ def _held_rank() -> tuple[Rank, FakeEngine]:
     hosted = rank.host(OTHER, engine=fake, leader=fake, requests=fake)
     hosted.holds.add((1, LAST))
     rank.loop._survive(
-        SuspendEngine(generation=OTHER, level=1, timeout_s=2.0, finish_s=1.0)
+        SuspendEngine(generation=OTHER, level=1, timeout_s=60.0, finish_s=30.0)
     )
     return rank, engine
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket as network
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 
 import zmq
 
+from tests.members import free_port
 from vllm_resident.messages import (
     AddRequest,
     BuildEngine,
@@ -87,7 +87,7 @@ class Ranks:
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "VLLM_RESIDENT_DIR": str(self.folder),
             "VLLM_RESIDENT_FAULTS": json.dumps(list(faults)),
         }
@@ -296,10 +296,3 @@ class Ranks:
     ) -> list[list[int]]:
         request = self.add(generation, prompts, sampling_params)
         return [each.token_ids for each in self.outputs(generation, request)]
-
-
-def _free_port() -> int:
-    with network.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -7,6 +7,7 @@ ones do not have:
     fail       "prepare" | "build" | "suspend" | "resume" | "close": the rank
                `fail_rank` answers EngineFailed
     hang       the same, or "drop": the rank `fail_rank` does not answer
+    until      a file: a build's "load_model" goes on when it is there (with take_s)
     take_s     how long a build, and each other command a tenth of it, takes; it says
                which phases it begins meanwhile (without it, what --take-s says)
 
@@ -24,6 +25,7 @@ import socket as network
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -71,7 +73,7 @@ HEARTBEAT_S = 0.5
 AWAKE = EngineMemory(device_bytes=1000)
 AT_LEVEL = {1: EngineMemory(host_bytes=1000), 2: EngineMemory()}
 ENGINE_ARGS = ["tensor_parallel_size", "max_model_len", "fail", "hang", "fail_rank",
-               "take_s"]  # fmt: skip
+               "take_s", "until"]  # fmt: skip
 # What a real rank says it does, with the part of the time that it takes.
 PHASES = {
     "build": {"form_world": 0.1, "tokenizer": 0.1, "load_model": 0.5, "kv_cache": 0.2,
@@ -107,6 +109,8 @@ class SimulatedRank:
     steps: dict[str, StepCount] = field(default_factory=dict)
     # What is to be said, and when.
     later: list[tuple[float, FromRank]] = field(default_factory=list)
+    # What is to be said then, or as much later as that file is late.
+    gated: list[tuple[Path, float, FromRank]] = field(default_factory=list)
     # What other threads have to say: a socket is for one.
     answers: SimpleQueue[FromRank] = field(default_factory=SimpleQueue)
 
@@ -114,11 +118,13 @@ class SimulatedRank:
         self.context: zmq.Context[Any] = zmq.Context()
         self.socket = open_socket(self.context, zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, b"rank-%d" % self.options.rank)
-        self.socket.connect(self.options.endpoint)
         self.decoder: Decoder[ToRankMessage] = Decoder(ToRankMessage)
 
     def run(self) -> None:
-        self.say(self.hello())
+        hello = self.hello()
+        # Who has this name already takes it back soon: be heard before that.
+        self.socket.connect(self.options.endpoint)
+        self.say(hello)
         next_heartbeat = 0.0
         while os.getppid() == self.options.parent:
             now = time.monotonic()
@@ -130,6 +136,7 @@ class SimulatedRank:
                     gauges=self.gauges(),
                 )
                 self.say(beat)
+            self.open_gate(now)
             while self.later and self.later[0][0] <= now:
                 self.say(self.later.pop(0)[1])
             while not self.answers.empty():
@@ -242,8 +249,9 @@ class SimulatedRank:
                 )
             )
             return
+        gate = args.get("until") if command == "build" else None
         phases = self.pass_through(
-            command, generation, float(args.get("take_s", self.options.take_s))
+            command, generation, float(args.get("take_s", self.options.take_s)), gate
         )
         did = {
             "rank": rank,
@@ -255,7 +263,7 @@ class SimulatedRank:
         done_at = time.monotonic() + sum(phases.values())
         match command:
             case "build":
-                self.say_at(done_at, EngineBuilt(**did, memory=AWAKE))
+                self.say_at(done_at, EngineBuilt(**did, memory=AWAKE), gate)
             case "suspend":
                 memory = AT_LEVEL[level]
                 self.say_at(done_at, EngineSuspended(**did, level=level, memory=memory))
@@ -267,24 +275,35 @@ class SimulatedRank:
             self.engines.pop(generation, None)
 
     def pass_through(
-        self, command: str, generation: int, take_s: float
+        self, command: str, generation: int, take_s: float, gate: str | None
     ) -> dict[str, float]:
-        """Say which phases begin when; returns how long each takes."""
+        """Say which phases begin when, those behind "load_model" not before there is a
+        file `gate`; returns how long each takes."""
         if not take_s or command not in PHASES:
             return {command: 0.0}
         whole_s = take_s if command == "build" else take_s / 10
         phases = {name: part * whole_s for name, part in PHASES[command].items()}
-        began = time.monotonic()
+        began, is_behind = time.monotonic(), False
         for name, seconds in phases.items():
             started = PhaseStarted(
                 rank=self.options.rank, generation=generation, phase=name
             )
-            self.say_at(began, started)
+            self.say_at(began, started, gate if is_behind else None)
+            is_behind |= name == "load_model"
             began += seconds
         return phases
 
-    def say_at(self, when: float, message: FromRank) -> None:
-        if when <= time.monotonic():
+    def open_gate(self, now: float) -> None:
+        if self.gated and self.gated[0][0].exists():
+            late_s = max(0.0, now - self.gated[0][1])
+            gated, self.gated = self.gated, []
+            for _, when, message in gated:
+                self.say_at(when + late_s, message)
+
+    def say_at(self, when: float, message: FromRank, gate: str | None = None) -> None:
+        if gate is not None:
+            self.gated.append((Path(gate), when, message))
+        elif when <= time.monotonic():
             self.say(message)
         else:
             self.later.append((when, message))

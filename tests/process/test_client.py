@@ -58,7 +58,7 @@ from vllm_resident.messages import (
 )
 from vllm_resident.transport import GREETING, Decoder, encode
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
 Answer = msgspec.Struct | list[bytes]
 Script = Callable[[Any], list[Answer]]
@@ -95,7 +95,7 @@ class ScriptedController:
                     out = answer if isinstance(answer, list) else encode(answer)
                     socket.send_multipart([peer, *out])
 
-    def wait_for(self, kind: type, timeout_s: float = 5.0) -> Any:
+    def wait_for(self, kind: type, timeout_s: float = 20.0) -> Any:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             for message in self.received:
@@ -281,7 +281,7 @@ def test_ctrl_c_in_a_blocking_call_cancels_it(serve: Serve, endpoint: str) -> No
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        controller.wait_for(Generate, timeout_s=15.0)
+        controller.wait_for(Generate)
         os.kill(process.pid, signal.SIGINT)
         out, _ = process.communicate(timeout=10)
     assert out.strip() == "interrupted"
@@ -310,8 +310,9 @@ def test_a_controller_that_falls_silent_is_unreachable(
 
 
 async def test_a_client_that_stood_still_itself_listens_first(
-    serve: Serve, endpoint: str
+    serve: Serve, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(connection, "MAX_STEP_S", 0.25)
     # As where the machine was paused: the answer comes when both go on.
     goes_on = threading.Event()
 
@@ -320,10 +321,10 @@ async def test_a_client_that_stood_still_itself_listens_first(
         return [StatusReported(call=message.call, status=STATUS)]
 
     controller = serve(answer)
-    async with AsyncClient(endpoint, connect_timeout_s=2.0) as client:
+    async with AsyncClient(endpoint, connect_timeout_s=5.0) as client:
         asking = asyncio.create_task(client.status())
         await asyncio.to_thread(controller.wait_for, GetStatus)
-        time.sleep(2.5)  # noqa: ASYNC251 (this loop stands still)
+        time.sleep(5.5)  # noqa: ASYNC251 (this loop stands still)
         goes_on.set()
         assert await asking == STATUS
 
@@ -513,8 +514,8 @@ def test_wait_ready_outlasts_a_controller_that_is_not_there_yet(
 def test_wait_ready_says_what_it_saw_last(serve: Serve, client: Client) -> None:
     starting = msgspec.structs.replace(STATUS, phase="starting")
     serve(lambda m: [StatusReported(call=m.call, status=starting)])
-    with pytest.raises(PoolUnreachable, match=r"within 0\.5 s .*0 of 2 ranks"):
-        client.wait_ready(0.5)
+    with pytest.raises(PoolUnreachable, match=r"within 5 s .*0 of 2 ranks"):
+        client.wait_ready(5)
 
 
 def test_shutdown_ends_when_the_pool_has_stopped(serve: Serve, client: Client) -> None:

@@ -44,11 +44,11 @@ from vllm_resident.messages import (
 )
 from vllm_resident.transport import GREETING, Decoder, encode, open_socket
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
 REPOSITORY = Path(__file__).parents[2]
-START_S = 20.0
-ANSWER_S = 10.0
+START_S = 40.0
+ANSWER_S = 30.0
 GAUGES = RankGauges(0, 0, 0, 0, 0)
 
 
@@ -100,14 +100,20 @@ class Peer:
         spec = EngineSpec(name, "/m", ranks, args)
         return self.done(LoadEngine, spec=spec, timeout_s=timeout_s)
 
-    def generate(self, engine: str, stream: bool = False, **params: Any) -> int:
+    def generate(
+        self,
+        engine: str,
+        stream: bool = False,
+        timeout_s: float = 30.0,
+        **params: Any,
+    ) -> int:
         return self.send(
             Generate,
             engine=engine,
             prompts=["a", "b"],
             sampling_params=params,
             stream=stream,
-            timeout_s=30.0,
+            timeout_s=timeout_s,
         )
 
     def status(self) -> PoolStatus:
@@ -259,7 +265,8 @@ def test_life_of_a_pool(pool):
         messages.append(client.receive())
     assert {message.call for message in messages} == {call}
     phases = [m.phase for m in messages if isinstance(m, Progress)]
-    assert phases == ["prepare", "build"]
+    # One that takes longer is said again.
+    assert list(dict.fromkeys(phases)) == ["prepare", "build"]
     report = messages[-1].report.engines[0]
     assert report.seconds == pytest.approx(sum(report.phases.values()))
 
@@ -359,9 +366,11 @@ def test_killed_rank_fails_its_requests_spares_others_and_is_restored(pool):
     answered = client.answer(call)
     while isinstance(answered, GenerateOutput):
         answered = client.answer(call)
-    assert time.monotonic() - began < 5
+    # Not by its silence, which would be noticed later.
+    assert time.monotonic() - began < 25
     assert error(answered).kind == "RankLost"
     assert error(answered).rank == 1
+    assert re.search("its (process|connection) ended", error(answered).message)
     assert f"pid {ranks[1].pid}" in error(answered).message
     # A zombie is dead for the kernel, and so for the controller.
     assert client.phases() == {"a": "lost", "b": "ready"}

@@ -16,7 +16,7 @@ from vllm_resident.errors import CommandRejected, RankDiverged
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(110)]
 
-ANSWER_S = 5.0
+ANSWER_S = 20.0
 ADAPTERS = {"one": "/adapters/one", "two": "/adapters/two"}
 
 
@@ -496,5 +496,6 @@ def test_one_that_sends_without_end_leaves_room_for_steps(engine: Engine) -> Non
     for number in range(500):
         peer.add(f"r{number}")
     time.sleep(0.2)
+    assert engine.poller.poll(ANSWER_S * 1000)
     assert engine.frontends.receive(hold=False)
     assert 0 < engine.frontends.num_requests <= frontends.MESSAGES_PER_ROUND

@@ -15,6 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from vllm_resident.errors import RankTimeout
+from vllm_resident.rank import meeting
+from vllm_resident.rank import store as stores
 from vllm_resident.rank.meeting import Meeting
 from vllm_resident.rank.store import CancellableStore, StoreCancelled
 
@@ -51,6 +53,23 @@ def server() -> dist.TCPStore:
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as threads:
         yield threads
+
+
+class Clock:
+    """The time, which a test can put forward."""
+
+    ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (meeting, stores):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 def exchange(side: Meeting, mine: str) -> list[str]:
@@ -103,22 +122,20 @@ def test_others_are_served_until_all_have_come(
 
 
 def test_a_meeting_is_not_missed_for_a_step_that_ends_after_the_deadline(
-    server: dist.TCPStore,
+    server: dist.TCPStore, clock: Clock
 ) -> None:
     first, second = Ranks(server, 2).sides
-    deadline = time.monotonic() + SHORT_S
+    deadline = clock.monotonic() + PATIENCE_S
 
     def serve() -> None:
         second.store.append("point/said", b'[1,"2"]\n')
         second.store.add("point/count", 1)
-        time.sleep(max(deadline - time.monotonic(), 0.0))
+        clock.ahead_s += 2 * PATIENCE_S
 
     assert first.exchange("point", "1", str, deadline, serve) == ["1", "2"]
 
 
-def test_nor_is_a_hold(server: dist.TCPStore) -> None:
-    deadline = time.monotonic() + SHORT_S
-
+def test_nor_is_a_hold(server: dist.TCPStore, clock: Clock) -> None:
     class Serving:
         is_held = False
 
@@ -127,13 +144,13 @@ def test_nor_is_a_hold(server: dist.TCPStore) -> None:
 
         def serve(self) -> None:
             self.is_held = True
-            time.sleep(max(deadline - time.monotonic(), 0.0))
+            clock.ahead_s += 2 * PATIENCE_S
 
         def hold(self) -> bool:
             return self.is_held
 
     (side,) = Ranks(server, 1).sides
-    side.hold(Serving(), deadline)
+    side.hold(Serving(), clock.monotonic() + PATIENCE_S)
 
 
 def test_a_rank_that_left_again_is_waited_for_until_the_wait_is_called_off(

@@ -25,13 +25,14 @@ from vllm_resident.messages import (
     EngineSpec,
     LoadEngine,
     PrefetchCheckpoint,
+    Progress,
     ShutdownPool,
     SleepEngine,
     UnloadEngine,
     WakeUpEngine,
 )
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
 POOL_FILE = """
 [pool]
@@ -140,6 +141,10 @@ def test_a_prefetch_ends_at_its_deadline_and_with_its_rank(
     late = client.done(PrefetchCheckpoint, model="third", timeout_s=0.5)
     assert (error(late).kind, error(late).phase) == ("RankTimeout", "prefetch")
     call = client.send(PrefetchCheckpoint, model="third", timeout_s=20.0)
+    # Of one that is dead already the controller would hear before the call.
+    begun = client.receive()
+    assert isinstance(begun, Progress)
+    assert begun.call == call
     ranks[0].kill()
     assert error(client.answer(call)).kind == "RankLost"
 

@@ -40,7 +40,7 @@ from vllm_resident.messages import AwaitEngine, EngineAwake
 
 pytestmark = [
     pytest.mark.process,
-    pytest.mark.timeout(110),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(
         chromium.PROGRAM is None, reason="no chromium: apt-get install chromium"
     ),
@@ -71,7 +71,7 @@ def serving(endpoint: str, *, port: int = 0, keys: Sequence[str] = ()) -> Iterat
     started: list[Server] = []
 
     async def run() -> None:
-        client = AsyncClient(endpoint, connect_timeout_s=1.0)
+        client = AsyncClient(endpoint, connect_timeout_s=5.0)
         bodies = Bodies()
         routes = PoolRoutes(client, Keys(keys), bodies, is_open=True)
         unused: Any = None
@@ -142,7 +142,9 @@ def busy() -> Iterator[tuple[Client, str]]:
         pool.wait_ready(peer)
         with Client(pool.endpoint) as client, serving(pool.endpoint) as url:
             fill(client)
-            peer.generate("chat", stream=True, max_tokens=10_000, piece_s=0.5)
+            peer.generate(
+                "chat", stream=True, timeout_s=600.0, max_tokens=10_000, piece_s=0.5
+            )
             yield client, url
     finally:
         pool.close()
@@ -291,7 +293,7 @@ def test_a_call_for_a_model_that_is_not_there(
     assert rows(shown)["called"] == ["\u00b7 not loaded", "0", "0"]
 
     async def call() -> None:
-        connection = Connection(client.endpoint, 5.0)
+        connection = Connection(client.endpoint, 30.0)
         command = AwaitEngine(call=connection.next_call(), engine="called")
         async with contextlib.aclosing(connection.replies(command, 20.0)) as replies:
             assert isinstance(await anext(replies), EngineAwake)
@@ -314,11 +316,14 @@ def test_a_call_for_a_model_that_is_not_there(
     client.unload("called")
 
 
-def test_a_switch_is_followed_to_its_end(shown: Page, busy: tuple[Client, str]) -> None:
+def test_a_switch_is_followed_to_its_end(
+    shown: Page, busy: tuple[Client, str], tmp_path: Path
+) -> None:
     client, _ = busy
     arguments: dict[str, Any] = {"ranks": [2, 3], "tensor_parallel_size": 2}
+    arguments |= {"take_s": 2.5, "until": str(tmp_path / "was-looked-at")}
     loading = threading.Thread(
-        target=lambda: client.load("slow", "/m/s", asleep=True, take_s=2.5, **arguments)
+        target=lambda: client.load("slow", "/m/s", asleep=True, **arguments)
     )
     loading.start()
     shown.shows("load slow", "#now")
@@ -341,6 +346,7 @@ def test_a_switch_is_followed_to_its_end(shown: Page, busy: tuple[Client, str]) 
         look(shown, "phone-moving")
         assert is_as_wide_as_the_window(shown, PHONE)
         shown.resize(DESKTOP)
+    (tmp_path / "was-looked-at").touch()
     shown.shows("Nothing is moving.", "#now-none")
     loading.join()
     past = "#past > li:first-child"

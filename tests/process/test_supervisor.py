@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from vllm_resident.rank.supervisor import MAX_RESTARTS, POLL_S
+from vllm_resident.rank.supervisor import MAX_RESTARTS
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
 REPOSITORY = Path(__file__).parents[2]
 # Supervises this in a process of its own, as `python -m vllm_resident.rank` does.
@@ -25,9 +25,15 @@ SUPERVISE = """
 import os, pathlib, sys
 from vllm_resident.rank import supervisor
 say = lambda text: print(text, file=sys.stderr, flush=True)
-pool = supervisor.LaunchedPool(pathlib.Path(os.environ["FOLDER"], "pool.json"))
+folder = pathlib.Path(os.environ["FOLDER"])
+pool = supervisor.LaunchedPool(folder / "pool.json")
+def has_stopped():
+    found = pool.has_stopped()
+    with open(folder / "looks", "a") as looks:
+        looks.write(".")
+    return found
 command = [sys.executable, "-c", sys.argv[1]]
-sys.exit(supervisor.supervise(command, say, pool.has_stopped))
+sys.exit(supervisor.supervise(command, say, has_stopped))
 """
 # Writes who it is, then lives until it is told.
 STAND_IN = """
@@ -75,11 +81,22 @@ class Supervised:
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
+    def looks_again(self) -> None:
+        """Wait until the supervisor has asked anew whether its pool has stopped."""
+        looks = self.folder / "looks"
+
+        def num_looks() -> int:
+            return looks.stat().st_size if looks.exists() else 0
+
+        # It may be at one already.
+        enough = num_looks() + 2
+        wait_until(lambda: num_looks() >= enough)
+
     def num_lives(self) -> int:
         return len(list(self.folder.glob("life-*")))
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float = 15.0) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = 40.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline
@@ -150,9 +167,9 @@ def test_a_rank_that_is_starting_when_the_pool_stops_ends_with_it(
     """Nobody told it so, and it is not started anew: the launcher would start all."""
     process = supervised.start(70)
     supervised.life(1)
-    time.sleep(2 * POLL_S)
+    supervised.looks_again()
     (tmp_path / "pool.json").unlink()
-    time.sleep(2 * POLL_S)
+    supervised.looks_again()
     assert process.poll() is None  # who took the file away is still there
     controller.kill()
     assert process.wait(20) == 0
@@ -164,7 +181,7 @@ def test_a_rank_whose_pool_has_another_by_its_name_ends(
 ) -> None:
     process = supervised.start()
     supervised.life(0)
-    time.sleep(2 * POLL_S)
+    supervised.looks_again()
     controller.kill()
     write_pool_file(tmp_path, os.getpid(), os.getpid() + 1)
     assert process.wait(20) == 0
@@ -175,9 +192,9 @@ def test_a_rank_is_started_anew_under_a_controller_that_was_killed(
 ) -> None:
     supervised.start()
     first = supervised.life(0)
-    time.sleep(2 * POLL_S)
+    supervised.looks_again()
     controller.kill()
-    time.sleep(2 * POLL_S)
+    supervised.looks_again()
     os.kill(first["pid"], signal.SIGKILL)
     supervised.life(1)
 

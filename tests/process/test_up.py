@@ -23,7 +23,7 @@ import pytest
 from vllm_resident import Client, CommandRejected
 from vllm_resident.client.connection import somebody_listens
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
 REPOSITORY = Path(__file__).parents[2]
 FAKE_TORCH = Path(__file__).parent / "fake_torch"
@@ -93,7 +93,7 @@ def shell() -> Iterator[Shell]:
             started.communicate()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

@@ -20,7 +20,7 @@ from vllm_resident.messages import (
     WatchPool,
 )
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
 
 async def test_another_clients_switch_is_told_as_it_gets_on(

@@ -121,7 +121,7 @@ def test_closing_world_1_leaves_the_memory_of_world_12_alone(results: Results) -
 
 def test_an_abort_ends_a_wait_in_the_store(results: Results) -> None:
     result = results["abort_a_meeting"][0]
-    assert result["seconds"] < 10  # of twenty
+    assert result["seconds"] < 18  # of twenty
     assert not result["entered"]
     assert result["num_store_keys"] == 0
 
@@ -135,7 +135,7 @@ def test_an_abort_in_the_middle_of_a_close_is_none(results: Results) -> None:
 def test_a_member_that_does_not_come_is_named(results: Results) -> None:
     for result in results["absent_member"][:3]:
         assert "ranks [3] of world incomplete did not come" in result["message"]
-        assert 6 <= result["seconds"] < 20
+        assert 15 <= result["seconds"] < 40
 
 
 def test_worlds_that_need_each_others_leaders_form(results: Results) -> None:
@@ -144,4 +144,4 @@ def test_worlds_that_need_each_others_leaders_form(results: Results) -> None:
 
 
 def test_a_world_closed_on_one_side_fails_on_the_other(results: Results) -> None:
-    assert results["closed_on_one_side"][0]["seconds"] < 10
+    assert results["closed_on_one_side"][0]["seconds"] < 18

@@ -41,6 +41,7 @@ STORE = connect_store(60.0)
 # The shared-memory collectives among them, which a worker loads with its model.
 current_platform.import_kernels()
 ABORT_AFTER_S = 0.3
+SETTLE_S = 20.0
 log = logging.getLogger(__name__)
 
 
@@ -157,16 +158,25 @@ def twenty() -> dict[str, Any]:
     members = [0, 1] if RANK < 2 else [2, 3]
 
     def gauges() -> list[int]:
-        meet(f"twenty/{len(taken)}")
         read = ledger.read(DEVICE, OWNER)
-        taken.append(
-            [
-                read.num_file_descriptors,
-                read.num_threads,
-                read.num_shm_segments,
-                keys_of("twenty"),
-            ]
-        )
+        return [
+            read.num_file_descriptors,
+            read.num_threads,
+            read.num_shm_segments,
+            keys_of("twenty"),
+        ]
+
+    def settled(at_most: list[int] | None = None) -> list[int]:
+        """Gauges at rest: a thread that was joined may be there for a moment."""
+        meet(f"twenty/{len(taken)}")
+        deadline = time.monotonic() + SETTLE_S
+        read = gauges()
+        while at_most is not None and time.monotonic() < deadline:
+            if all(now <= then for now, then in zip(read, at_most, strict=True)):
+                break
+            time.sleep(0.05)
+            read = gauges()
+        taken.append(read)
         meet(f"twenty/{len(taken)}/read")
         return taken[-1]
 
@@ -175,13 +185,13 @@ def twenty() -> dict[str, Any]:
         world = form(f"warm-up-{number}-{members[0]}", members)
         meet(f"twenty/warm-up/{number}")
         world.close()
-    before = gauges()
+    before = settled()
     right = True
     for number in range(20):
         world = form(f"twenty-{number}-{members[0]}", members)
         right &= set(sums(world)) == {float(sum(2**member for member in members))}
         world.close()
-    after = gauges()
+    after = settled(before)
     files = [str(path) for path in shm.segments(OWNER)]
     return {"before": before, "after": after, "right": right, "files": files}
 
@@ -260,7 +270,7 @@ def absent_member() -> dict[str, Any]:
         return {}
     since = time.monotonic()
     try:
-        form("incomplete", [0, 1, 2, 3], timeout_s=6.0)
+        form("incomplete", [0, 1, 2, 3], timeout_s=15.0)
     except RankTimeout as error:
         return {"message": str(error), "seconds": time.monotonic() - since}
     raise AssertionError("the world was formed")

@@ -180,6 +180,8 @@ class FakeFrontend:
         self.is_closed = False
         self.has_failed = False
         self.hold: asyncio.Event | None = None
+        # A request comes to `hold`.
+        self.on_hold: Callable[[], None] = lambda: None
         self.responses: set[str] = set()
         self.error: Exception | None = None
         self.begins_with = b""
@@ -201,6 +203,7 @@ class FakeFrontend:
             part = {"type": "http.response.body", "body": self.begins_with}
             await send({**part, "more_body": True})
         if self.hold is not None:
+            self.on_hold()
             await self.hold.wait()
         if self.has_failed and self.begins_with:
             await send({"type": "http.response.body", "body": b"failed"})
@@ -239,6 +242,16 @@ async def serving(
         yield Gateway(pool, there, routes, Keys(keys), Bodies(), "0.0.1")  # type: ignore[arg-type]
     finally:
         await there.close()
+
+
+async def until(holds: Callable[[], Any], timeout_s: float = 30.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():  # noqa: ASYNC110 (it may be anything)
+            await asyncio.sleep(0.005)
+
+
+def task_names() -> set[str]:
+    return {task.get_name() for task in asyncio.all_tasks()}
 
 
 async def call(
@@ -290,7 +303,7 @@ async def messages(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await asyncio.wait_for(app(scope, receive, send), 10)
+    await asyncio.wait_for(app(scope, receive, send), 30)
     assert [m["type"] for m in sent].count("http.response.start") == 1
     return sent
 
@@ -487,17 +500,17 @@ async def test_no_frontend_is_built_of_an_engine_that_has_gone(tmp_path: Path) -
 
     def build_in_turn(*arguments: Any) -> FakeFrontend:
         frontend = build(*arguments)
-        assert may_build.wait(10)
+        assert may_build.wait(30)
         return frontend
 
     pool.build = build_in_turn  # type: ignore[method-assign]
     async with serving(pool, tmp_path) as app:
         first = asyncio.create_task(call(app, body={"model": "a"}))
-        await asyncio.sleep(0.1)
+        await until(lambda: pool.built)
         second = asyncio.create_task(call(app, body={"model": "b"}))
-        await asyncio.sleep(0.1)
+        await until(lambda: "b" in pool.unloaded)
         pool.unload("b")
-        await asyncio.sleep(0.05)
+        await until(lambda: "attach b" not in task_names())
         may_build.set()
         assert ((await first)[0], (await second)[0]) == (200, 200)
         assert [f.name for f in pool.built] == ["a", "b"]
@@ -657,9 +670,8 @@ async def test_a_request_whose_engine_is_given_up_goes_to_the_next(
     async with serving(pool, tmp_path) as app:
         await call(app, body={"model": "a"})
         pool.built[0].hold = asyncio.Event()
+        pool.built[0].on_hold = lambda: pool.unload("a")
         caller = asyncio.create_task(call(app, body={"model": "a", "n": 3}))
-        await asyncio.sleep(0.05)
-        pool.unload("a")
         status, answer, _ = await caller
         assert (status, answer["body"]) == (200, {"model": "a", "n": 3})
         assert [f.is_closed for f in pool.built] == [True, False]
@@ -702,13 +714,17 @@ async def test_one_that_a_sleeper_wakes_up_for_is_answered_once(
     pool = FakePool(a="ready")
     async with serving(pool, tmp_path) as app:
         await call(app, body={"model": "a"})
-        pool.built[0].hold = asyncio.Event()
+        pool.built[0].hold, is_there = asyncio.Event(), asyncio.Event()
+        pool.built[0].on_hold = is_there.set
         caller = asyncio.create_task(call(app, body={"model": "a"}))
-        await asyncio.sleep(0.05)
+        await is_there.wait()
+        pool.hold = asyncio.Event()
         for _ in range(3):  # it is said each second
             pool.turn("a", "asleep")
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
+        pool.hold.set()
+        await until(lambda: pool.phases["a"] == "ready")
+        await until(lambda: "ask for a" not in task_names())
         assert (pool.num_held, pool.phases["a"], pool.num_open) == (1, "ready", 0)
         pool.built[0].hold.set()
         assert (await caller)[0] == 200
@@ -718,23 +734,25 @@ async def test_one_that_a_sleeper_wakes_up_for_is_answered_once(
 async def test_what_was_ended_or_begun_wakes_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residents, "ENDED_S", 0.3)
+    monkeypatch.setattr(residents, "ENDED_S", 60.0)
     pool = FakePool(a="ready")
     async with serving(pool, tmp_path) as app:
         await call(app, body={"model": "a"})
         frontend = pool.built[0]
         for begins_with in (b"", b"begun and "):
             pool.turn("a", "ready")
-            frontend.hold = asyncio.Event()
+            frontend.hold, is_there = asyncio.Event(), asyncio.Event()
+            frontend.on_hold = is_there.set
             frontend.begins_with = begins_with
             frontend.has_failed = bool(begins_with)
             caller = asyncio.create_task(raw_call(app, b'{"model": "a"}'))
-            await asyncio.sleep(0.05)
+            await is_there.wait()
             pool.turn("a", "asleep")
-            await asyncio.sleep(0.5 if begins_with else 0.01)
+            assert ("ask for a" in task_names()) == (not begins_with)
             frontend.hold.set()
             assert await caller
-            await asyncio.sleep(0.5)
+            # What was asked for it is called off.
+            await until(lambda: "ask for a" not in task_names())
         assert (pool.num_held, pool.phases["a"]) == (0, "asleep")
 
 
@@ -744,9 +762,8 @@ async def test_an_answer_that_had_begun_ends_as_the_app_says(tmp_path: Path) -> 
         await call(app, body={"model": "a"})
         pool.built[0].hold = asyncio.Event()
         pool.built[0].begins_with = b'"begun and '
+        pool.built[0].on_hold = lambda: pool.unload("a")
         caller = asyncio.create_task(raw_call(app, b'{"model": "a"}'))
-        await asyncio.sleep(0.05)
-        pool.unload("a")
         assert await caller == b'"begun and failed'
         assert len(pool.built) == 1
 
@@ -758,14 +775,9 @@ async def test_a_request_is_not_tried_for_ever(tmp_path: Path) -> None:
     def build_what_goes(*arguments: Any) -> FakeFrontend:
         frontend = build(*arguments)
         frontend.hold = asyncio.Event()
-        asyncio.run_coroutine_threadsafe(unload_soon(), loop)
+        frontend.on_hold = lambda: pool.unload("a")
         return frontend
 
-    async def unload_soon() -> None:
-        await asyncio.sleep(0.05)
-        pool.unload("a")
-
-    loop = asyncio.get_running_loop()
     pool.build = build_what_goes  # type: ignore[method-assign]
     async with serving(pool, tmp_path) as app:
         status, answer, headers = await call(app, body={"model": "a"})

@@ -15,7 +15,7 @@ from vllm_resident import keys, transport
 from vllm_resident.errors import CommandRejected
 from vllm_resident.keys import PoolKey
 
-COMES_MS = 2000
+COMES_MS = 20_000
 # What does not come at all has to be waited for.
 STAYS_AWAY_MS = 300
 
