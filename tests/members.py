@@ -90,6 +90,8 @@ def _start(
                 "WORLD_SIZE": str(num_ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                # vLLM's sockets.
+                "VLLM_RPC_BASE_PATH": str(log.parent),
             },
             stdin=subprocess.DEVNULL,
             stdout=output,

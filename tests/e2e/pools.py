@@ -7,8 +7,10 @@ by rounding), eager, with a small KV cache of a fixed size.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +59,39 @@ def running_pool(
             del os.environ["VLLM_RESIDENT_DIR"]
         else:
             os.environ["VLLM_RESIDENT_DIR"] = before
+
+
+@contextmanager
+def standing_still(*processes: int) -> Iterator[None]:
+    """Within the block these do nothing; what they are told waits for them."""
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in processes:
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def meanwhile(
+    client: Client, name: str, *processes: int, command: Callable[[], object]
+) -> Iterator[None]:
+    """Give a command about the engine, on a thread, while these processes stand still;
+    the block begins, and they go on, once the controller is carrying it out. It is over
+    when the command is."""
+    thread = threading.Thread(target=command)
+    with standing_still(*processes):
+        thread.start()
+        wait_until(
+            client,
+            lambda s: {e.name: e.phase for e in s.engines}.get(name) != "ready",
+            60,
+            "the command",
+        )
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def pids(client: Client) -> list[int]:

@@ -112,7 +112,7 @@ class Shell:
             if process.pid != os.getpid() and belongs(process)
         ]
 
-    def wait_until_empty(self, timeout_s: float = 15.0) -> None:
+    def wait_until_empty(self, timeout_s: float = 60.0) -> None:
         """Until no process is left."""
         wait_until(
             lambda: not self.processes(), timeout_s, lambda: str(self.processes())

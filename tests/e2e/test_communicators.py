@@ -22,7 +22,7 @@ from tests.simulation.backend import VARIABLE
 from vllm_resident import Client, SwitchReport, launch
 from vllm_resident.messages import RankStatus
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 CREATION_S = 0.33
 # Of forming a world anew, at most, for forming one that was there before.

@@ -21,6 +21,8 @@ from tests.e2e.pools import (
 )
 from vllm_resident import Client, RankLost, RankTimeout, ResidentError
 
+# Before it a rank of this machine is not lost for saying nothing.
+SILENCE_S = 25.0
 LONG = {"temperature": 0.0, "max_tokens": 240, "ignore_eos": True}
 
 
@@ -89,10 +91,11 @@ def test_a_killed_rank_is_named_and_comes_back_while_the_other_serves(
     before, old = client.status(), pids(client)
     killed_at = time.monotonic()
     os.kill(old[1], signal.SIGKILL)
-    right.join(10)
+    right.join(40)
     assert isinstance(right.error, RankLost)
     assert right.error.rank == 1
-    assert right.ended_at - killed_at < 5
+    assert "ended" in str(right.error)  # seen, not concluded from silence
+    assert right.ended_at - killed_at < SILENCE_S
     num_pieces = left.num_pieces
     status = wait_until(
         client,
@@ -136,9 +139,10 @@ def test_a_killed_rank_of_a_tp2_engine_leaves_no_call_hanging(
     assert stream.started.wait(20)
     killed_at = time.monotonic()
     os.kill(pids(client)[1], signal.SIGKILL)
-    stream.join(10)
+    stream.join(40)
     assert isinstance(stream.error, RankLost)
-    assert stream.ended_at - killed_at < 5
+    assert "ended" in str(stream.error)
+    assert stream.ended_at - killed_at < SILENCE_S
     wait_until(
         client,
         lambda s: [e.phase for e in s.engines] == ["ready"],

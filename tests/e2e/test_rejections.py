@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ import msgspec
 import pytest
 import zmq
 
-from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids
+from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids, standing_still
 from vllm_resident import Client, CommandRejected, ProtocolError, RankFailure
 from vllm_resident.messages import (
     MAX_MESSAGE_BYTES,
@@ -170,17 +168,12 @@ def test_a_command_while_its_engine_changes(
             **ENGINE_ARGS,
         )
     )
-    loading.start()
-    assert started.wait(30)
-    # So that the load does not end meanwhile.
-    (_, rank) = pids(serving)
-    os.kill(rank, signal.SIGSTOP)
-    try:
+    with standing_still(pids(serving)[1]):
+        loading.start()
+        assert started.wait(30)
         rejects(lambda: serving.generate("x", "hi", SAMPLING), "x")
         rejects(lambda: serving.unload("x"), "x")
         rejects(lambda: serving.load("x", checkpoints["qwen2"], ranks=[1]), "x")
-    finally:
-        os.kill(rank, signal.SIGCONT)
     loading.join()
     assert serving.generate("x", "hi", SAMPLING)
     serving.unload("x")

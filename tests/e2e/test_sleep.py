@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from examples.checkpoints import REPO_ROOT
-from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING
+from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING, standing_still
 from tests.e2e.spmd_sleeper import KV_CACHE_BYTES
 from tests.process.rank_commander import Ranks
 from vllm_resident.messages import (
@@ -121,10 +122,13 @@ def test_requests_in_flight_are_aborted(
 ) -> None:
     for layout in ("tp2", "pp2"):
         engine = build(ranks, checkpoints, "llama", layout)
-        requests = [ranks.add(engine, PROMPTS[:2], LONG) for _ in range(3)]
-        for request in requests:
-            ranks.expect(RequestsAccepted, [0], request=request)
-        ranks.suspend(engine, 1)
+        (follower,) = psutil.Process(ranks.processes[1].pid).children()
+        # In the first step the leader waits for it, and takes in nothing more.
+        with standing_still(follower.pid):
+            requests = [ranks.add(engine, PROMPTS[:2], LONG) for _ in range(3)]
+            ranks.expect(RequestsAccepted, [0], request=requests[0])
+            ranks.ask_suspend(engine, 1)
+        ranks.expect(EngineSuspended, [0, 1], generation=engine)
         for request in requests:
             reasons = [each.finish_reason for each in ranks.outputs(engine, request)]
             assert reasons == ["abort", "abort"]

@@ -17,6 +17,7 @@ from tests.e2e.pools import (
     ENGINE_ARGS,
     PROMPTS,
     SAMPLING,
+    meanwhile,
     pids,
     running_pool,
 )
@@ -109,9 +110,10 @@ def test_requests_in_flight_when_their_engine_is_told_to_sleep(
 
     reader = threading.Thread(target=read)
     reader.start()
+    (leader, _) = pids(pool)
     wait_for(lambda: len(pieces) > 3)
-    pool.sleep("a", drain_s=drain_s)
-    reader.join(20)
+    with meanwhile(pool, "a", leader, command=lambda: pool.sleep("a", drain_s=drain_s)):
+        reader.join(60)
     assert not reader.is_alive()
     assert pieces[-1] == reason
 

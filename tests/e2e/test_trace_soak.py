@@ -22,7 +22,7 @@ def check(outcome: Outcome) -> None:
     assert 0.0 < outcome.lost_share < 1.0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_minute_of_mixed_calls(plain: Answers) -> None:
     check(soak.soak(num_rounds=2, round_s=20.0, seed=1, answers=plain))
 
