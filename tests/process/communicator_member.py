@@ -17,6 +17,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -521,14 +522,31 @@ def vllms_own() -> None:
         checked.append(simulated_nccl.counts.beside - before.beside)
         meet(f"vllms_own/{turn}/formed")
         world.close(orderly=True)
+    gone = _dropped_with_its_group()
     POOL.close()
     say(
         "vllms_own",
         right=right,
         made=made,
         checked=checked,
+        gone=gone,
         open=simulated_nccl.num_open(),
     )
+
+
+def _dropped_with_its_group() -> bool:
+    """Of a world that is not closed in order: nothing holds vLLM's object any more, nor
+    the gloo group it has, whose end frees those that wait in it."""
+    world = form("own-dropped", ALL)
+    meet("vllms_own/dropped")
+    owner, *_ = filter(None, map(nccl.of_coordinator, world._holders.groups()))
+    held = [weakref.ref(owner), weakref.ref(owner.group)]
+    del owner
+    world.close()
+    deadline = time.monotonic() + REST_S
+    while any(each() for each in held) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a thread that aborts may hold them for a moment
+    return not any(each() for each in held)
 
 
 def ascend() -> None:

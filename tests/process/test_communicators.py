@@ -185,6 +185,7 @@ def test_vllms_own_communicators_are_kept_and_checked_too(results: Results) -> N
         assert result["made"] == [1, 2 if has_broken else 0, 2]
         assert result["checked"] == [2, 3, 1]
         assert result["open"] == 0
+        assert result["gone"]
 
 
 @pytest.mark.parametrize("name", ["hangs_until_abort", "hangs_until_time_out", "dies"])

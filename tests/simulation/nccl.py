@@ -161,7 +161,7 @@ def num_open() -> int:
 
 def break_one(communicator: nccl.NcclCommunicator) -> None:
     """Let this member's collectives on it fail, as over a broken link."""
-    _groups[communicator._owner.comm]._aborted.set()
+    _groups[communicator._own.comm]._aborted.set()
 
 
 def _tensor(pointer: Any, num: int) -> torch.Tensor:

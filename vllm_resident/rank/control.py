@@ -200,7 +200,8 @@ class Control(threading.Thread):
         status: int = STUCK_STATUS,
         generation: int | None = None,
     ) -> None:
-        deadline = self._lived_s + timeout_s
+        # What it has lived is counted at a beat.
+        deadline = self._lived_s + HEARTBEAT_S + timeout_s
         with self._lock:
             self._guards[generation] = _Guard(
                 deadline, timeout_s, what, status, generation

@@ -251,13 +251,11 @@ class Groups:
             self._mine[owner] = communicator
             return
         before = self._memory_used()
-        nccl.make(owner, group, device)
-        if not owner.available:
+        if (handle := nccl.make(owner, group, device)) is None:
             return
         num_bytes = max(0, self._memory_used() - before)
         name = f"{self._meeting.identity}/nccl/{group.group_name}/"
         name += str(sum(each.name.startswith(name) for each in self._mine.values()))
-        handle = nccl.NcclCommunicator(owner)
         self._mine[owner] = Communicator(name, key, handle, num_bytes)
         self._pool.counts.made += 1
 
@@ -280,7 +278,7 @@ class Groups:
         communicator = self._mine.get(owner)
         if communicator is None:
             return False
-        if self._is_closing and communicator.handle.detach():
+        if self._is_closing and communicator.handle.detach(owner):
             return True
         del self._mine[owner]
         return False
@@ -338,8 +336,12 @@ class Groups:
             mine, self._mine = self._mine, {}
             stores, self._stores = self._stores, []
             keep = self._is_closing and not self.is_broken
-        # Of vLLM's own those that it has let go of; it looks after the others.
+        # Of vLLM's own those that it has let go of; what it has forgotten ends here,
+        # which may take some seconds each.
         kept = [e for e in mine.values() if getattr(e.handle, "is_kept", True)]
+        for each in mine.values():
+            if not getattr(each.handle, "is_kept", True):
+                threading.Thread(target=each.handle.abort, daemon=True).start()
         mine.clear()
         for each in kept:
             each.served = tuple(self.members)

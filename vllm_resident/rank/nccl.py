@@ -21,9 +21,10 @@ from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 BACKEND = "vllm-nccl"
 
 # vLLM's own; `hooks` puts others in their place.
-make = PyNcclCommunicator.__init__
+_make = PyNcclCommunicator.__init__
 _destroy = PyNcclCommunicator.destroy
 
+# By the object that each is in, which must not be held by it in turn.
 _by_owner: weakref.WeakKeyDictionary[PyNcclCommunicator, NcclCommunicator] = (
     weakref.WeakKeyDictionary()
 )
@@ -36,36 +37,39 @@ def of_coordinator(group: Any) -> PyNcclCommunicator | None:
     return found
 
 
+def make(owner: PyNcclCommunicator, *args: Any) -> NcclCommunicator | None:
+    """In the place of vLLM's `__init__`; what is in the object then, if anything is."""
+    _make(owner, *args)
+    return NcclCommunicator(owner) if owner.available else None
+
+
 def destroy(owner: PyNcclCommunicator) -> None:
     """In the place of vLLM's `destroy`; any thread, more than once. Waits up to 5 s for
     CUDA graphs that have it in them to go."""
-    communicator = _by_owner.get(owner)
-    if communicator is None:
-        _destroy(owner)
-    else:
+    if (communicator := _by_owner.get(owner)) is not None:
         communicator.abort()
+    owner.available, owner.disabled = False, True
 
 
 class NcclCommunicator:
     """One that exists: in an object of vLLM's, its owner, or kept by itself."""
 
     def __init__(self, owner: PyNcclCommunicator) -> None:
-        self._owner = owner
+        # An owner of its own, without the group, which is none of its business.
+        self._own = copy.copy(owner)
+        self._own.group = None
         self._is_over = False
         # Between the thread that aborts and the main one.
         self._lock = threading.Lock()
         self.is_kept = False
         _by_owner[owner] = self
 
-    def detach(self) -> bool:
+    def detach(self, owner: PyNcclCommunicator) -> bool:
         """Take it out of its owner, which is as after `destroy`; False if it is not
         there to be kept: its memory is suspended, or it was aborted."""
         with self._lock:
-            owner = self._owner
             if self._is_over or getattr(owner, "_suspended", False):
                 return False
-            self._owner = copy.copy(owner)
-            self._owner.group = None
             owner.available, owner.disabled = False, True
             _by_owner.pop(owner, None)
             self.is_kept = True
@@ -74,9 +78,8 @@ class NcclCommunicator:
     def attach(self, owner: PyNcclCommunicator, group: Any) -> None:
         """Put it into an object whose `__init__` was not run, over such a group."""
         with self._lock:
-            vars(owner).update(vars(self._owner))
+            vars(owner).update(vars(self._own))
             owner.group = group
-            self._owner = owner
             self.is_kept = False
             _by_owner[owner] = self
 
@@ -84,7 +87,7 @@ class NcclCommunicator:
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device(self._owner.device.type)]
+        return [torch.device(self._own.device.type)]
 
     def _get_backend(self, _device: torch.device) -> NcclCommunicator:
         return self
@@ -96,16 +99,15 @@ class NcclCommunicator:
         """On a stream of its own: one that does not end holds up no other."""
         (value,) = tensors
         stream = side_stream(value)
-        self._owner.all_reduce(value, value, stream=stream)
+        self._own.all_reduce(value, value, stream=stream)
         return _Work(stream.record_event())
 
     def abort(self) -> None:
         """End it, once; any thread."""
         with self._lock:
             is_over, self._is_over = self._is_over, True
-            owner = self._owner
         if not is_over:
-            _destroy(owner)
+            _destroy(self._own)
 
 
 class _Work:
