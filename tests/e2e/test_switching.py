@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -20,8 +21,10 @@ from tests.e2e.pools import (
     meanwhile,
     pids,
     running_pool,
+    standing_still,
 )
-from vllm_resident import Client, CommandRejected, EngineSpec
+from vllm_resident import AsyncClient, Client, CommandRejected, EngineSpec
+from vllm_resident.messages import Progress, SwitchReport
 
 Reference = Callable[[str], list[list[int]]]
 LONG = {"temperature": 0.0, "max_tokens": 200, "ignore_eos": True}
@@ -166,34 +169,60 @@ def test_switch_to_a_new_engine(
 
 
 def test_what_goes_serves_while_what_comes_is_staged(
-    pool: Client, smollm2: str, checkpoints: dict[str, str], reference: Reference
+    pool: Client, smollm2: str, checkpoints: dict[str, str]
 ) -> None:
     """A stream of the old engine goes on while the new one reads its weights, with the
     tokens it always has."""
-    load(pool, spec("old", "llama", "left", checkpoints))
-    alone = pool.generate("old", "hello", LONG)[0].token_ids
-    came: list[tuple[float, list[int]]] = []
-
-    def read() -> None:
-        for piece in pool.stream("old", "hello", LONG):
-            came[len(came) :] = [(time.monotonic(), piece.token_ids)]
-
+    old_args = {**ENGINE_ARGS, "max_model_len": 512}
+    load(pool, EngineSpec("old", checkpoints["llama"], [0], old_args))
+    greedy = {"temperature": 0.0, "max_tokens": 480, "ignore_eos": True}
+    alone = pool.generate("old", "hello", greedy)[0].token_ids
     # Once before, so that what a process does only once is done.
     args = {**ENGINE_ARGS, "dtype": "bfloat16"}
     pool.load("new", smollm2, ranks=[0], asleep=True, **args)
     pool.unload("new")
-    reader = threading.Thread(target=read)
-    reader.start()
-    wait_for(lambda: len(came) > 3)
-    began = time.monotonic()
-    wanted = EngineSpec("new", smollm2, [0], args)
-    report = pool.switch("old", wanted, strategy="stage", drain_s=60)
-    reader.join(20)
-    assert [token for _, tokens in came for token in tokens] == alone
+    rank = pids(pool)[0]
+    # Tokens of the old one and phases of either, as they came.
+    came: list[list[int] | tuple[str, str]] = []
+
+    async def switch() -> SwitchReport:
+        async with AsyncClient(pool.endpoint) as client:
+            has_begun = asyncio.Event()
+
+            def note(progress: Progress) -> None:
+                came.append((progress.engine, progress.phase))
+                has_begun.set()
+
+            async def read() -> None:
+                async for piece in client.stream("old", "hello", greedy):
+                    came[len(came) :] = [piece.token_ids]
+
+            # It finds both when it goes on: the stream does not end before the load.
+            with standing_still(rank):
+                reading = asyncio.create_task(read())
+                await asyncio.sleep(0)  # it is asked for first
+                switching = asyncio.create_task(
+                    client.switch(
+                        "old",
+                        EngineSpec("new", smollm2, [0], args),
+                        strategy="stage",
+                        drain_s=60,
+                        on_progress=note,
+                    )
+                )
+                await asyncio.wait_for(has_begun.wait(), 20)
+            await reading
+            return await switching
+
+    report = asyncio.run(switch())
+    pieces = [each for each in came if isinstance(each, list)]
+    assert [token for piece in pieces for token in piece] == alone
+    is_built = came[came.index(("new", "load_model")) : came.index(("new", "stop"))]
+    assert sum(isinstance(each, list) for each in is_built) > 5
+    # Only after the load was over was there a time in which neither served.
     (load_report,) = [each for each in report.engines if each.action == "load"]
-    during = [t for t, _ in came if began < t < began + load_report.seconds]
-    assert len(during) > 5
-    assert report.unavailable_s < load_report.seconds
+    loaded_s = load_report.began_s + load_report.seconds
+    assert 0 < report.unavailable_s <= report.seconds - loaded_s
     assert pool.generate("new", "The capital of France is", max_tokens=1, temperature=0)
 
 
