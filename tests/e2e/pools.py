@@ -110,6 +110,19 @@ def wait_until(
     raise AssertionError(f"{what} did not happen within {timeout_s} s: {status}")
 
 
+def eventually(check: Callable[[], None], timeout_s: float = 30.0) -> None:
+    """`check` holds within that time: a thread that was joined, a socket that was
+    closed are counted for a moment still."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return check()
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
 def is_alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and (
         psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

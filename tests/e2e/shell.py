@@ -77,14 +77,14 @@ class Shell:
         )
 
     @contextmanager
-    def started(self, *command: str) -> Iterator[Running]:
+    def started(self, *command: str, **variables: str) -> Iterator[Running]:
         """A command in a process group of its own; killed with the block."""
         path = self.folder / f"output-{next(self._numbers)}"
         with path.open("w") as output:
             process = subprocess.Popen(
                 command,
                 cwd=REPO_ROOT,
-                env=self.environment,
+                env={**self.environment, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.pools import wait_until
 from tests.e2e.shell import Running, Shell, make_models, segments_of, shell
+from vllm_resident import Client
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -82,9 +84,9 @@ def test_a_pool_shut_down_while_a_rank_is_starting_does_not_come_back(
     user: Shell,
 ) -> None:
     up = asked(user, "up", "--detach", "--nproc-per-node", "2")
-    os.kill(up["status"]["ranks"][1]["pid"], signal.SIGKILL)
-    while asked(user, "status")["ranks"][1]["phase"] != "lost":
-        time.sleep(0.1)
+    with Client(up["endpoint"]) as client:
+        os.kill(up["status"]["ranks"][1]["pid"], signal.SIGKILL)
+        wait_until(client, lambda s: s.ranks[1].phase == "lost", 30, "the loss")
     asked(user, "shutdown")
     # Nothing of it is in the way of the next, or ends later than it must.
     user.wait_until_empty(25)
@@ -128,13 +130,16 @@ def test_kill_9_of_up_in_the_middle_of_a_load_takes_the_pool_along(
     user: Shell,
 ) -> None:
     apply = ("vllm-resident", "apply", LAYOUT)
-    with user.started(*UP) as up:
+    # So that the load does not end before.
+    hangs = '[{"engine": "chat", "phase": "load_model", "action": "hang"}]'
+    with user.started(*UP, VLLM_RESIDENT_FAULTS=hangs) as up:
         launcher = launcher_of(up)
         with user.started(*apply) as applying:
-            applying.wait_for_output("chat: prepare")
+            applying.wait_for_output("chat: load_model")
             up.process.kill()
+            killed_at = time.monotonic()
             assert applying.wait(60) in (1, 3)
-        user.wait_until_empty()
+        user.wait_until_empty(40 - (time.monotonic() - killed_at))
     assert segments_of(launcher) == []
     again = asked(user, "up", "--detach", "--nproc-per-node", "2")
     assert again["status"]["phase"] == "ready"

@@ -16,6 +16,7 @@ from tests.e2e.pools import (
     ENGINE_ARGS,
     PROMPTS,
     SAMPLING,
+    eventually,
     running_pool,
 )
 from tests.simulation.backend import VARIABLE
@@ -93,13 +94,16 @@ def test_a_layout_that_was_there_is_loaded_without_making_its_groups(
     assert min(map(form_s, later)) < form_s(first) - 5 * CREATION_S
     again_s = min(report.phases["form_world"] for report in later)
     assert again_s < RATIO * first.phases["form_world"]
-    again = ranks_at_rest(pool)
-    assert kept(again) == kept(unloaded)
-    for now, then in zip(again, unloaded, strict=True):
-        # A thread may have been about to end before.
-        assert now.num_file_descriptors <= then.num_file_descriptors
-        assert now.num_threads <= then.num_threads
-        assert now.num_shm_segments == then.num_shm_segments == 0
+
+    def check() -> None:
+        again = ranks_at_rest(pool)
+        assert kept(again) == kept(unloaded)
+        for now, then in zip(again, unloaded, strict=True):
+            assert now.num_file_descriptors <= then.num_file_descriptors
+            assert now.num_threads <= then.num_threads
+            assert now.num_shm_segments == then.num_shm_segments == 0
+
+    eventually(check)
 
 
 def test_a_layout_is_staged_beside_one_that_serves_on_the_same_ranks(

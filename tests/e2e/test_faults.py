@@ -20,7 +20,7 @@ from tests.e2e.conftest import (
     WAKE_PHASES,
     failing_engine,
 )
-from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING
+from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING, eventually
 from vllm_resident import Client, EngineSpec, RankFailure
 from vllm_resident.messages import RankStatus
 
@@ -187,11 +187,15 @@ def test_nothing_is_left_of_all_this(
     at_first: list[RankStatus], shared_pool: Client
 ) -> None:
     shared_pool.apply([])
-    for was, now in zip(at_first, ranks_at_rest(shared_pool), strict=True):
-        assert now.pid == was.pid
-        assert now.num_engines == 0
-        assert now.num_process_groups == 0
-        assert now.num_shm_segments == 0
-        assert now.num_file_descriptors <= was.num_file_descriptors
-        assert now.num_threads <= was.num_threads
-        assert now.memory_used_bytes <= 1.05 * was.memory_used_bytes
+
+    def check() -> None:
+        for was, now in zip(at_first, ranks_at_rest(shared_pool), strict=True):
+            assert now.pid == was.pid
+            assert now.num_engines == 0
+            assert now.num_process_groups == 0
+            assert now.num_shm_segments == 0
+            assert now.num_file_descriptors <= was.num_file_descriptors
+            assert now.num_threads <= was.num_threads
+            assert now.memory_used_bytes <= 1.05 * was.memory_used_bytes
+
+    eventually(check)

@@ -147,9 +147,9 @@ def test_leaving_a_stream_aborts_its_request_on_both_ranks(
 ) -> None:
     stream = gateway.stream("piped")
     next(iter(stream))
-    wait_until(models, lambda s: num_requests(s, "piped") == 1, 5, "the count")
+    wait_until(models, lambda s: num_requests(s, "piped") == 1, 30, "the count")
     stream.close()
-    wait_until(models, lambda s: num_requests(s, "piped") == 0, 5, "the abort")
+    wait_until(models, lambda s: num_requests(s, "piped") == 0, 30, "the abort")
     assert gateway.complete("piped")  # nobody diverged
     assert phases(models)["piped"] == "ready"
 
