@@ -33,6 +33,8 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "opt", "mixtral"]
 PROMPTS = ["hello world", "the quick brown fox", "a", "fox " * 20]
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16}
 READY_TIMEOUT_S = 240.0
+# All positions that the tiny models have, for requests that outlast a pause.
+LONG_ARGS: dict[str, Any] = {**ENGINE_ARGS, "max_model_len": 512}
 
 
 @contextmanager

@@ -25,7 +25,9 @@ import pytest
 from benchmarks.at_rest import ranks_at_rest
 from tests.e2e.pools import (
     ENGINE_ARGS,
+    LONG_ARGS,
     SAMPLING,
+    eventually,
     meanwhile,
     pids,
     running_pool,
@@ -37,11 +39,10 @@ from vllm_resident import Client, CommandRejected, PoolStatus
 
 START_S = 180.0
 PROMPT = "The capital of France is"
-# Long enough to be in the middle of.
-LONG: dict[str, Any] = {"max_tokens": 230, "temperature": 0}
+# Long enough to be in the middle of; of a tiny model with many prompts.
+LONG: dict[str, Any] = {"max_tokens": 480, "temperature": 0}
 ENDLESS = {"ignore_eos": True}
-# Prompts of a call that is to outlast a pause of the machine.
-MANY = 100
+MANY = ["hi"] * 16
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -117,18 +118,16 @@ def models(
 ) -> Iterator[Client]:
     """A pool with "chat" awake on rank 0, and asleep on its ranks "tiny" and "wide"."""
     shared_pool.apply([])
-    shared_pool.load(
-        "tiny", checkpoints["llama"], ranks=[0], asleep=True, **ENGINE_ARGS
-    )
+    shared_pool.load("tiny", checkpoints["llama"], ranks=[0], asleep=True, **LONG_ARGS)
     shared_pool.load(
         "wide",
         checkpoints["qwen3"],
         ranks=[0, 1],
         asleep=True,
         tensor_parallel_size=2,
-        **ENGINE_ARGS,
+        **LONG_ARGS,
     )
-    shared_pool.load("chat", smollm2, ranks=[0], **ENGINE_ARGS)
+    shared_pool.load("chat", smollm2, ranks=[0], **LONG_ARGS)
     yield shared_pool
     shared_pool.apply([])
 
@@ -154,6 +153,10 @@ def chat(models: Client, gateway: HttpGateway) -> str:
 
 def phases(pool: Client) -> dict[str, str]:
     return {engine.name: engine.phase for engine in pool.status().engines}
+
+
+def phase(status: PoolStatus, name: str) -> str:
+    return next(e for e in status.engines if e.name == name).phase
 
 
 def num_requests(status: PoolStatus, name: str) -> int:
@@ -303,16 +306,17 @@ def test_a_bad_request_is_answered(
     assert gateway.complete(chat)
 
 
-@pytest.mark.parametrize("model", ["chat", "wide"])
+@pytest.mark.parametrize(("model", "prompt"), [("chat", PROMPT), ("wide", MANY)])
 def test_leaving_a_stream_aborts_its_request(
-    gateway: HttpGateway, models: Client, model: str
+    gateway: HttpGateway, models: Client, model: str, prompt: str | list[str]
 ) -> None:
-    prompts = [PROMPT] * MANY
-    body = {"model": model, "prompt": prompts, "stream": True, **LONG, **ENDLESS}
+    leader = models.status().ranks[0].pid
+    body = {"model": model, "prompt": prompt, "stream": True, **LONG, **ENDLESS}
     with gateway.http.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
-        wait_until(models, lambda s: num_requests(s, model) > 0, 30, "the count")
+        with standing_still(leader):
+            wait_until(models, lambda s: num_requests(s, model) > 0, 20, "the count")
     wait_until(models, lambda s: num_requests(s, model) == 0, 30, "the abort")
     assert gateway.complete(model)
 
@@ -335,19 +339,28 @@ def test_falling_asleep_ends_a_stream(
 def test_draining_lets_a_stream_finish_and_later_ones_wait(
     gateway: HttpGateway, models: Client, chat: str
 ) -> None:
-    (leader, _) = pids(models)
+    late: list[threading.Thread] = []
+
+    def is_waited_for(status: PoolStatus) -> bool:
+        """Until the gateway has heard that it drains, calls go to it still."""
+        late.append(threading.Thread(target=gateway.complete, args=(chat,)))
+        late[-1].start()
+        return bool(status.waiting.get(chat))
+
+    leader = models.status().ranks[0].pid
     stream = gateway.stream(chat, max_tokens=230)
     pieces = [next(stream)]
-    late = []
-    with meanwhile(models, chat, leader, command=lambda: models.sleep(chat)):
-        # Until the gateway has heard it, too, calls are served by what drains.
-        while not models.status().waiting.get(chat) and len(late) < 20:
-            late.append(threading.Thread(target=gateway.complete, args=(chat,)))
-            late[-1].start()
-            time.sleep(0.1)
-        pieces += list(stream)
-        assert pieces[-1].choices[0].finish_reason == "length"
-    assert gateway.complete(chat)
+    sleeping = threading.Thread(
+        target=lambda: models.sleep(chat, drain_s=120), daemon=True
+    )
+    # So that it does not end meanwhile.
+    with standing_still(leader):
+        sleeping.start()
+        wait_until(models, lambda s: phase(s, chat) == "draining", 10, "the draining")
+        wait_until(models, is_waited_for, 15, "a call that waits")
+    pieces += list(stream)
+    assert pieces[-1].choices[0].finish_reason == "length"
+    sleeping.join(120)
     for each in late:  # the gateway has woken it again
         each.join(60)
         assert not each.is_alive()
@@ -358,26 +371,26 @@ def test_what_reaches_a_sleeper_is_refused_where_nothing_makes_room(
     gateway: HttpGateway, models: Client, checkpoints: dict[str, str]
 ) -> None:
     """The gateway takes seconds to read the prompt, and its engine sleeps by then."""
+
+    def is_with_its_model(_: PoolStatus) -> bool:
+        counted = 'gateway_requests_in_flight{model_name="tiny"} 1.0'
+        return counted in gateway.http.get("/metrics").text
+
     assert gateway.complete("tiny")
     body = {"model": "tiny", "prompt": "fox " * 2**21, "truncate_prompt_tokens": 8}
     answers: list[httpx.Response] = []
     caller = threading.Thread(
         target=lambda: answers.append(gateway.http.post("/v1/completions", json=body))
     )
-
-    def is_read() -> bool:
-        found = gateway.http.get("/metrics").text
-        return 'requests_in_flight{model_name="tiny"} 1.0' in found
-
     caller.start()
+    wait_until(models, is_with_its_model, 30, "the call")
+    stays: dict[str, Any] = {"ranks": [0], "pinned": True, **ENGINE_ARGS}
     try:
-        wait_until(models, lambda _: is_read(), 30, "the call")
+        # So that it is not done before.
         with standing_still(gateway.process.pid):
             models.sleep("tiny")
-            models.load(
-                "stays", checkpoints["qwen3"], ranks=[0], pinned=True, **ENGINE_ARGS
-            )
-        caller.join(60)
+            models.load("stays", checkpoints["qwen3"], **stays)
+        caller.join(30)
         assert [answer.status_code for answer in answers] == [503]
         assert "no room" in answers[0].json()["error"]["message"]
         assert answers[0].headers["retry-after"]
@@ -425,7 +438,7 @@ def test_an_engine_loaded_anew_is_served_anew(
     models.unload("tiny")
     with pytest.raises(openai.NotFoundError):
         gateway.complete("tiny")
-    models.load("tiny", checkpoints["llama"], ranks=[0], asleep=True, **ENGINE_ARGS)
+    models.load("tiny", checkpoints["llama"], ranks=[0], asleep=True, **LONG_ARGS)
     assert gateway.complete("tiny", "hello world") == text
 
 
@@ -499,7 +512,7 @@ def test_steps_and_switches_are_metrics(
         counts = num_steps(gateway, "wide")
         return len(counts) == 2 and counts[0] == counts[1] > 0
 
-    wait_until(models, is_counted, 10.0, "heartbeats bring it")
+    wait_until(models, is_counted, 60.0, "heartbeats bring it")
     page = gateway.http.get("/metrics").text
     assert 'vllm_resident:switch_seconds_count{action="wake_up"' in page
     assert 'engine_state{model_name="wide",rank="1",state="awake"} 1.0' in page
@@ -529,21 +542,21 @@ def test_a_killed_gateway_leaves_nothing_running(
             gateway.complete("wide")
         client = gateway.openai.with_options(api_key="secret")
         stream = client.completions.create(
-            model="wide",
-            prompt=[PROMPT] * MANY,
-            stream=True,
-            extra_body=ENDLESS,
-            **LONG,
+            model="wide", prompt=MANY, stream=True, extra_body=ENDLESS, **LONG
         )
         next(iter(stream))
-        wait_until(models, lambda s: num_requests(s, "wide") > 0, 30, "the count")
+        with standing_still(before[0].pid):
+            wait_until(models, lambda s: num_requests(s, "wide") > 0, 20, "the count")
         gateway.process.kill()
         wait_until(models, lambda s: num_requests(s, "wide") == 0, 30, "the abort")
     assert models.generate("wide", "hello", SAMPLING)
-    after = ranks_at_rest(models)
-    for old, new in zip(before, after, strict=True):
-        assert new.pid == old.pid
-        assert new.num_sockets <= old.num_sockets
+
+    def check() -> None:
+        for old, new in zip(before, ranks_at_rest(models), strict=True):
+            assert new.pid == old.pid
+            assert new.num_sockets <= old.num_sockets
+
+    eventually(check)
 
 
 def test_a_lost_rank_fails_its_streams_and_serves_again(
@@ -555,10 +568,10 @@ def test_a_lost_rank_fails_its_streams_and_serves_again(
         running_pool("lost", folder, num_ranks=1, max_restarts=1) as pool,
         running_gateway(pool, folder, tmp_path / "gateway.log") as gateway,
     ):
-        pool.load("tiny", checkpoints["llama"], **ENGINE_ARGS)
+        pool.load("tiny", checkpoints["llama"], **LONG_ARGS)
+        rank = pool.status().ranks[0].pid
         text = gateway.complete("tiny", "hello world")
-        body = {"model": "tiny", "prompt": ["hi"] * MANY, "stream": True, **LONG}
-        (rank,) = pids(pool)
+        body = {"model": "tiny", "prompt": MANY, "stream": True, **LONG}
         began = time.monotonic()
         with gateway.http.stream("POST", "/v1/completions", json=body | ENDLESS) as got:
             lines = got.iter_lines()
@@ -576,7 +589,7 @@ def test_up_http_serves_declared_models_and_ends_with_the_pool(
     tmp_path: Path, checkpoints: dict[str, str]
 ) -> None:
     config = tmp_path / "pool.toml"
-    arguments = {key: json.dumps(value) for key, value in ENGINE_ARGS.items()}
+    arguments = {key: json.dumps(value) for key, value in LONG_ARGS.items()}
     lines = [f"model = {json.dumps(checkpoints['llama'])}"]
     lines += [f"{key} = {value}" for key, value in arguments.items()]
     tables = [f"[models.{name}]\n" + "\n".join(lines) for name in ("tiny", "other")]
@@ -638,8 +651,7 @@ def check_limits(url: str) -> None:
     nobody calls any more, both fall asleep."""
     answers: list[httpx.Response] = []
     other = {"model": "other", "prompt": "hello", "max_tokens": 4}
-    busy = {"model": "tiny", "prompt": ["hi"] * MANY, "stream": True}
-    busy |= {**LONG, **ENDLESS}
+    busy = {"model": "tiny", "prompt": MANY, "stream": True, **LONG, **ENDLESS}
     with httpx.Client(base_url=url, timeout=60.0) as http:
 
         def ask() -> None:

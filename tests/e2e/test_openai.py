@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.e2e.odd_bodies import bodies
-from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids, wait_until
+from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids, standing_still, wait_until
 from tests.e2e.references import POOLING_ARGS, Expected
 from tests.e2e.test_gateway import HttpGateway, num_requests, phases, running_gateway
 from vllm_resident import Client, CommandRejected
@@ -145,9 +145,11 @@ def test_logprobs_are_told(gateway: HttpGateway, model: str) -> None:
 def test_leaving_a_stream_aborts_its_request_on_both_ranks(
     gateway: HttpGateway, models: Client
 ) -> None:
+    leader = pids(models)[0]
     stream = gateway.stream("piped")
     next(iter(stream))
-    wait_until(models, lambda s: num_requests(s, "piped") == 1, 30, "the count")
+    with standing_still(leader):
+        wait_until(models, lambda s: num_requests(s, "piped") == 1, 20, "the count")
     stream.close()
     wait_until(models, lambda s: num_requests(s, "piped") == 0, 30, "the abort")
     assert gateway.complete("piped")  # nobody diverged
