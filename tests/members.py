@@ -10,11 +10,13 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,18 @@ def by_scenario(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
                 result = json.loads(line.removeprefix("RESULT "))
                 found.setdefault(result["scenario"], []).append(result)
     return found
+
+
+@contextlib.contextmanager
+def standing_still(*processes: int) -> Iterator[None]:
+    """Within the block these do nothing; what they are told waits for them."""
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in processes:
+            os.kill(pid, signal.SIGCONT)
 
 
 def free_port() -> int:

@@ -7,7 +7,6 @@ by rounding), eager, with a small KV cache of a fixed size.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 
 from examples.checkpoints import REPO_ROOT
+from tests.members import standing_still
 from vllm_resident import Client, PoolStatus
 from vllm_resident.launch import launch
 
@@ -61,18 +61,6 @@ def running_pool(
             del os.environ["VLLM_RESIDENT_DIR"]
         else:
             os.environ["VLLM_RESIDENT_DIR"] = before
-
-
-@contextmanager
-def standing_still(*processes: int) -> Iterator[None]:
-    """Within the block these do nothing; what they are told waits for them."""
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in processes:
-            os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

@@ -31,10 +31,9 @@ from tests.e2e.pools import (
     meanwhile,
     pids,
     running_pool,
-    standing_still,
     wait_until,
 )
-from tests.members import free_port
+from tests.members import free_port, standing_still
 from vllm_resident import Client, CommandRejected, PoolStatus
 
 START_S = 180.0

@@ -15,9 +15,10 @@ import openai
 import pytest
 
 from tests.e2e.odd_bodies import bodies
-from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids, standing_still, wait_until
+from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids, wait_until
 from tests.e2e.references import POOLING_ARGS, Expected
 from tests.e2e.test_gateway import HttpGateway, num_requests, phases, running_gateway
+from tests.members import standing_still
 from vllm_resident import Client, CommandRejected
 
 pytestmark = pytest.mark.timeout(300)

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 import zmq
 
-from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids, standing_still
+from tests.e2e.pools import ENGINE_ARGS, SAMPLING, pids
+from tests.members import standing_still
 from vllm_resident import Client, CommandRejected, ProtocolError, RankFailure
 from vllm_resident.messages import (
     MAX_MESSAGE_BYTES,

@@ -16,9 +16,9 @@ from tests.e2e.pools import (
     SAMPLING,
     meanwhile,
     pids,
-    standing_still,
     wait_until,
 )
+from tests.members import standing_still
 from vllm_resident import AsyncClient, Client, CommandRejected, Completion
 
 LONG = {"temperature": 0.0, "max_tokens": 200, "ignore_eos": True}

@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from examples.checkpoints import REPO_ROOT
-from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING, eventually, standing_still
+from tests.e2e.pools import ENGINE_ARGS, PROMPTS, SAMPLING, eventually
 from tests.e2e.spmd_sleeper import KV_CACHE_BYTES
+from tests.members import standing_still
 from tests.process.rank_commander import Ranks
 from vllm_resident.messages import (
     CloseEngine,

@@ -21,8 +21,8 @@ from tests.e2e.pools import (
     meanwhile,
     pids,
     running_pool,
-    standing_still,
 )
+from tests.members import standing_still
 from vllm_resident import AsyncClient, Client, CommandRejected, EngineSpec
 from vllm_resident.messages import Progress, SwitchReport
 

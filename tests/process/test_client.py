@@ -309,43 +309,31 @@ def test_a_controller_that_falls_silent_is_unreachable(
         client.load("e", "m")
 
 
+@pytest.mark.parametrize(("max_step_s", "comes_meanwhile"), [(0.25, False), (60, True)])
 async def test_a_client_that_stood_still_itself_listens_first(
-    serve: Serve, endpoint: str, monkeypatch: pytest.MonkeyPatch
+    max_step_s: float,
+    comes_meanwhile: bool,
+    serve: Serve,
+    endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_STEP_S", 0.25)
-    # As where the machine was paused: the answer comes when both go on.
-    goes_on = threading.Event()
+    """As where the machine was paused: the answer comes when both go on, or was there
+    before the client's last step was over."""
+    monkeypatch.setattr(connection, "MAX_STEP_S", max_step_s)
+    may_answer = threading.Event()
 
     def answer(message: Any) -> list[Answer]:
-        assert goes_on.wait(20)
+        assert may_answer.wait(20)
         return [StatusReported(call=message.call, status=STATUS)]
 
     controller = serve(answer)
     async with AsyncClient(endpoint, connect_timeout_s=5.0) as client:
         asking = asyncio.create_task(client.status())
         await asyncio.to_thread(controller.wait_for, GetStatus)
+        if comes_meanwhile:
+            may_answer.set()
         time.sleep(5.5)  # noqa: ASYNC251 (this loop stands still)
-        goes_on.set()
-        assert await asking == STATUS
-
-
-async def test_what_came_in_the_last_step_is_heard(
-    serve: Serve, endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the client stood still until its time was over."""
-    monkeypatch.setattr(connection, "MAX_STEP_S", 60.0)
-    stands_still = threading.Event()
-
-    def answer(message: Any) -> list[Answer]:
-        assert stands_still.wait(20)
-        return [StatusReported(call=message.call, status=STATUS)]
-
-    controller = serve(answer)
-    async with AsyncClient(endpoint, connect_timeout_s=2.0) as client:
-        asking = asyncio.create_task(client.status())
-        await asyncio.to_thread(controller.wait_for, GetStatus)
-        stands_still.set()
-        time.sleep(3)  # noqa: ASYNC251 (this loop does)
+        may_answer.set()
         assert await asking == STATUS
 
 

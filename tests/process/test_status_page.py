@@ -13,7 +13,6 @@ import importlib.resources
 import json
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from tests.members import standing_still
 from tests.process import browser as chromium
 from tests.process.browser import Browser, Page, running_browser
 from tests.process.test_controller import PoolFixture, pool, wait_until  # noqa: F401
@@ -94,17 +94,8 @@ def serving(endpoint: str, *, port: int = 0, keys: Sequence[str] = ()) -> Iterat
         assert not thread.is_alive()
 
 
-@contextmanager
-def standing_still(client: Client, ranks: Sequence[int]) -> Iterator[None]:
-    """So that what they do can be looked at."""
-    pids = [rank.pid for rank in client.status().ranks if rank.rank in ranks]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+def pids_of(client: Client, ranks: Sequence[int]) -> list[int]:
+    return [rank.pid for rank in client.status().ranks if rank.rank in ranks]
 
 
 def look(page: Page, name: str) -> None:
@@ -300,7 +291,7 @@ def test_a_call_for_a_model_that_is_not_there(
         await connection.close()
 
     caller = threading.Thread(target=lambda: asyncio.run(call()))
-    with standing_still(client, [2]):
+    with standing_still(*pids_of(client, [2])):
         caller.start()
         shown.shows("on demand: 1 waiting", "#now")
         shown.until(
@@ -328,7 +319,7 @@ def test_a_switch_is_followed_to_its_end(
     loading.start()
     shown.shows("load slow", "#now")
     shown.shows("rank 3: slow load model for", "#now")
-    with standing_still(client, [2, 3]):
+    with standing_still(*pids_of(client, [2, 3])):
         shown.shows("building: load model", "#board")
         assert "▸" in shown.evaluate("document.title")
         slices = "#now .track:last-child .slice"

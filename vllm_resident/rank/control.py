@@ -329,10 +329,11 @@ class Control(threading.Thread):
         with self._lock:
             self._dropped.add(generation)
             world = self._worlds.get(generation)
-            # The main thread may not come round to say so for minutes.
-            if working and generation not in {*self._begun, *working}:
+            holds_nothing = generation not in {*self._begun, *working}
+            if working and holds_nothing:
                 self._told.add(generation)
-        if generation in self._told:
+        # The main thread may not come round to say so for minutes.
+        if working and holds_nothing:
             used = self._gauges().memory_used_bytes
             self.send(
                 EngineClosed(
